@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: install demo measure test test-fullsize check format clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## range-test, train and sample on the embedded model and images
+	$(BIN)/sdclr range-test configs/demo.yaml
+	$(BIN)/sdclr train configs/demo.yaml
+	$(BIN)/sdclr sample configs/demo.yaml
+	@echo "look at: runs/mochi/range-test/report.html, runs/mochi/report.html and runs/mochi/samples/index.html"
+
+measure: install  ## how good the embedded model is: VAE PSNR, obedience to held-out captions
+	$(BIN)/python data/measure_demo.py
+
+check: install  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check  ## everything that fits in minutes on two CPU cores
+	$(BIN)/pytest -m "not fullsize and not gpu"
+
+test-fullsize: install  ## one training step of the true SD 1.5 shape, on the CPU
+	$(BIN)/pytest -m fullsize -s
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,170 @@
+"""The command line: what each command takes, and the one place where errors become messages and exit codes. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from sdclr import __version__
+from sdclr.errors import SdclrError
+
+app = typer.Typer(
+    name="sdclr",
+    help="Which learning rate, for how long, on what schedule, for my images and my Stable Diffusion?\n\n"
+    "Exit codes: 0 done, 1 the run failed, 2 the config or input is wrong, 3 inconclusive, 130/143 interrupted after saving.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Config = Annotated[Path, typer.Argument(help="the run's YAML file", show_default=False)]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="override one key, e.g. --set train.steps=800; repeatable"),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="no talk and no progress bars, only results and errors")]
+Json = Annotated[bool, typer.Option("--json", help="print the result as JSON on stdout")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"sdclr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None: ...
+
+
+@app.command("range-test")
+def range_test(
+    config: Config,
+    set_: Sets = [],  # noqa: B006 (typer reads it)
+    legacy: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="linear|exponential", help="run the field's single ramp instead; prints the S* it implies"
+        ),
+    ] = None,
+    max_minutes: Annotated[
+        Optional[float], typer.Option(help="stop after this long; finished arms are kept and never run again")
+    ] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how high the learning rate may go, and how much training these images can take."""
+    _quiet(quiet)
+    from sdclr.commands.range_test import range_test as command
+
+    command(config, set_, legacy=legacy, max_minutes=max_minutes, as_json=json_)
+
+
+@app.command()
+def train(
+    config: Config,
+    set_: Sets = [],  # noqa: B006
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint that is whole")] = False,
+    checkpoint: Annotated[Optional[Path], typer.Option(help="with --resume: this checkpoint and no other")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and stop")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fine-tune with a cyclical learning rate, watching the held-out images."""
+    _quiet(quiet)
+    if dry_run:
+        from sdclr.commands.check import check as plan_only
+
+        return plan_only(config, set_, need_plan=True)
+    from sdclr.commands.train import train as command
+
+    command(config, set_, resume=resume, checkpoint=checkpoint)
+
+
+@app.command()
+def sample(
+    config: Config,
+    set_: Sets = [],  # noqa: B006
+    run: Annotated[list[Path], typer.Option(help="another run's folder to put beside this one; repeatable")] = [],  # noqa: B006
+    checkpoint: Annotated[list[Path], typer.Option(help="only these checkpoints (folders); repeatable")] = [],  # noqa: B006
+    output: Annotated[Optional[Path], typer.Option(help="folder for the grid [default: samples/ of the run]")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw checkpoints side by side: same prompts, same seeds, same noise."""
+    _quiet(quiet)
+    from sdclr.commands.sample import sample as command
+
+    command(config, set_, runs=run, checkpoints=checkpoint, output=output)
+
+
+@app.command()
+def init(
+    images: Annotated[Optional[Path], typer.Argument(help="folder of your pictures", show_default=False)] = None,
+    base: Annotated[
+        str, typer.Option(help="model: diffusers folder, .safetensors file or hub id")
+    ] = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")] = Path("run.yaml"),
+    stdout: Annotated[bool, typer.Option("--stdout", help="print it instead")] = False,
+) -> None:
+    """Write a commented config for a folder of images."""
+    from sdclr.commands.init import init as command
+
+    command(images, base, output, stdout)
+
+
+@app.command()
+def check(config: Config, set_: Sets = [], quiet: Quiet = False) -> None:  # noqa: B006
+    """Read everything, train nothing: config, images, captions, model, and the plan of the run."""
+    _quiet(quiet)
+    from sdclr.commands.check import check as command
+
+    command(config, set_)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of runs", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="folder for compare.png and compare.html")] = Path(
+        "runs"
+    ),
+    json_: Json = False,
+) -> None:
+    """Lay the curves of several runs over one another, against step and against exposure, with a table."""
+    from sdclr.commands.compare import compare as command
+
+    command(runs, output, json_)
+
+
+def main() -> None:
+    """Run the command line; every SdclrError becomes its message and exit code, every other exception stays a bug with its traceback."""
+    from sdclr.report import console
+
+    try:
+        app(standalone_mode=True)
+    except SdclrError as problem:
+        console.error(problem)
+        _exit(problem.exit_code)
+    except KeyboardInterrupt:
+        console.error(SdclrError("interrupted; what was finished has been kept"))
+        _exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        _exit(141)
+
+
+def _exit(code: int) -> None:
+    sys.exit(code)
+
+
+def _quiet(quiet: bool) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from sdclr.report import console
+
+    console.quiet = quiet

@@ -1,0 +1,39 @@
+"""`sdclr check`: read everything, train nothing, through the code that `train` uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdclr.config import source
+from sdclr.engine.plan import describe, make_plan, read_inputs
+from sdclr.errors import InputError
+from sdclr.report import console
+
+
+def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = False) -> None:
+    """Print the plan, or every problem. With `need_plan` a missing range test is an error, else only said."""
+    loaded = source.load(config_path, overrides)
+    inputs = read_inputs(loaded)
+    plan, missing = None, None
+    try:
+        plan = make_plan(loaded, inputs)
+    except InputError as problem:
+        if need_plan or (loaded.config.schedule.max_lr != "auto" and loaded.config.train.steps != "auto"):
+            raise
+        missing = problem
+    if not need_plan:
+        _check_pictures_and_model(loaded, inputs)
+    console.table(describe(loaded.config, inputs, plan), title=f"plan of {loaded.config.run.name}")
+    if plan:
+        console.say(console.curve(plan.schedule.rates()))
+    if missing:
+        console.warn(f"{missing.message}\n  {missing.hint}")
+    console.result(f"{config_path}: config, images, captions{'' if need_plan else ' and model'} can be used")
+
+
+def _check_pictures_and_model(loaded: source.LoadedConfig, inputs) -> None:
+    """Decode every picture and load every weight, as a run would."""
+    from sdclr.engine.run import Run
+
+    Run(loaded.config, inputs)

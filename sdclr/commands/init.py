@@ -1,0 +1,58 @@
+"""`sdclr init`: a commented config, made from the schema itself so that it can never be out of date."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from sdclr.config.schema import RunConfig
+from sdclr.config.source import dump_value
+from sdclr.errors import InputError
+from sdclr.report import console
+
+
+def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> None:
+    """Write (or print) a config for a folder of images. Raises InputError rather than overwrite a file."""
+    if images is not None and not images.is_dir():
+        raise InputError(f"{images}: there is no such folder of pictures")
+    name = (images.resolve().name if images else "my-run").replace(" ", "-")
+    text = commented(
+        {"run.name": name, "model.base": base, "data.images": str(images or "path/to/pictures"), "schedule.cycles": 4}
+    )
+    if stdout:
+        return console.result(text)
+    try:
+        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as file:
+            file.write(text)
+    except FileExistsError:
+        raise InputError(
+            f"{output}: exists already, and init never overwrites", hint="choose another: --output other.yaml"
+        ) from None
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from None
+    console.result(str(output))
+    console.say(f"next: sdclr check {output}, then sdclr range-test {output}")
+
+
+def commented(given: dict[str, Any]) -> str:
+    """Every key of the schema with its default and its meaning."""
+    lines = [
+        "# One file for range-test, train and sample. Every key has its default; delete what you do not change.",
+        "",
+    ]
+    for section, field in RunConfig.model_fields.items():
+        model = field.annotation
+        assert isinstance(model, type) and issubclass(model, BaseModel)
+        lines.append(f"{section}:  # {(model.__doc__ or '').splitlines()[0].rstrip('.')}")
+        for key, inner in model.model_fields.items():
+            default = field.default if isinstance(field.default, BaseModel) else None
+            value = given.get(f"{section}.{key}", getattr(default, key) if default is not None else inner.default)
+            value = "" if value is PydanticUndefined else value
+            text = f"  {key}: {dump_value(value)}"
+            lines.append(f"{text:<44}# {inner.description}" if inner.description else text)
+        lines.append("")
+    return "\n".join(lines)

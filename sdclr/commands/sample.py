@@ -1,0 +1,203 @@
+"""`sdclr sample`: checkpoints and whole runs side by side; same prompts, same seeds, same starting noise, the base always beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdclr.config import source
+from sdclr.config.schema import RunConfig
+from sdclr.data.cache import key_of
+from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
+from sdclr.engine.plan import model_fingerprint
+from sdclr.errors import InputError
+from sdclr.report import console, figures, page
+
+MAX_COLUMNS = 8
+"""Columns taken from one run's checkpoints when none are named: more are thinned evenly, the best always stays."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One state of the model: where its weights lie (None: the base), and how it is labelled."""
+
+    label: str
+    weights: Path | None
+    identity: str
+    about: dict[str, Any]
+
+
+def sample(
+    config_path: Path,
+    overrides: Sequence[str] = (),
+    runs: Sequence[Path] = (),
+    checkpoints: Sequence[Path] = (),
+    output: Path | None = None,
+) -> None:
+    """Draw every missing cell, then the grid, its JSON and its page; prints the grid's path."""
+    loaded = source.load(config_path, overrides)
+    config = loaded.config
+    columns = [Column("base", None, model_fingerprint(config.model.base), {})]
+    folders = [config.folder, *runs]
+    if checkpoints:
+        columns += [_column(path, None) for path in checkpoints]
+    else:
+        for folder in folders:
+            columns += _columns_of_run(folder, folder.name if len(folders) > 1 else None)
+    if len(columns) == 1:
+        raise InputError(
+            f"{config.folder}: holds no checkpoint to draw", hint=f"train first: sdclr train {config_path}"
+        )
+    target = output or RunFolder(config.folder).samples
+    pictures = draw_missing(config, columns, target / "cells")
+    grid_path = _write(config, columns, pictures, target)
+    console.result(str(grid_path))
+
+
+def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Image.Image]:
+    """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
+    s = config.sample
+    wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
+    settings = (s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
+    paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
+    missing = [cell for cell in wanted if not _readable(paths[cell])]
+    if missing:
+        with console.progress("drawing", len(missing)) as bar:
+            painter = _Painter(config)
+            for c in sorted({cell[0] for cell in missing}):
+                painter.load(columns[c].weights)
+                for cell in (cell for cell in missing if cell[0] == c):
+                    buffer = io.BytesIO()
+                    painter.draw(cell[1], cell[2]).save(buffer, "png")
+                    write_bytes(paths[cell], buffer.getvalue())
+                    bar.advance(columns[c].label.replace("\n", " "))
+    return {cell: Image.open(path).convert("RGB") for cell, path in paths.items()}
+
+
+class _Painter:
+    """diffusers' pipeline with the weights of one column at a time."""
+
+    def __init__(self, config: RunConfig):
+        from sdclr.engine.run import make_accelerator
+        from sdclr.model import components
+
+        self.config, self.components = config, components
+        self.accelerator = make_accelerator(config)
+        self.parts = components.load(config.model)
+        components.set_attention(self.parts.unet, config.model.attention, self.accelerator.device)
+        self.base = {
+            name: {k: v.clone() for k, v in m.state_dict().items()}
+            for name, m in self.parts.trainable(config.model.train).items()
+        }
+        self.pipeline = self.parts.pipeline().to(self.accelerator.device)
+
+    def load(self, folder: Path | None) -> None:
+        """The base's weights, or those of a checkpoint or exported folder laid over them."""
+        for name, weights in self.base.items():
+            getattr(self.parts, name).load_state_dict(weights)
+        if folder:
+            present = tuple(name for name in ("unet", "text_encoder") if (folder / name).is_dir())
+            self.components.load_trained(self.parts, folder, present)
+
+    def draw(self, prompt: str, seed: int) -> Image.Image:
+        """One picture, exactly as a user's own call of the pipeline with this seed."""
+        import torch
+
+        s, side = self.config.sample, self.config.data.resolution
+        with self.accelerator.autocast():
+            return self.pipeline(
+                prompt, negative_prompt=s.negative_prompt or None, num_inference_steps=s.steps, guidance_scale=s.guidance, height=side, width=side,
+                generator=torch.Generator().manual_seed(seed),
+            ).images[0]  # fmt: skip
+
+
+def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
+    """A run's troughs in order, thinned evenly, and its best."""
+    from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available
+
+    found = available(folder / "checkpoints")
+    if not found:
+        if not folder.is_dir():
+            raise InputError(f"{folder}: there is no such run")
+        return []
+    troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
+    best = [c for c in found if c.kind == BEST][-1:]
+    room = MAX_COLUMNS - 1 - len(best)
+    if len(troughs) > room:
+        console.say(
+            f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
+        )
+        troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
+    return [_column(c.path, run_name) for c in (*troughs, *best)]
+
+
+def _column(path: Path, run_name: str | None) -> Column:
+    """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
+    from sdclr.engine.checkpoint import BEST, MANIFEST, Checkpoint, verify
+
+    if not (path / "unet").is_dir():
+        raise InputError(f"{path}: is neither a checkpoint nor a diffusers folder (it has no unet/)")
+    identity = model_fingerprint(str(path))
+    if not (path / MANIFEST).is_file():
+        return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})
+    checkpoint = Checkpoint(path, path.name.partition("-")[0], 0)
+    problems = verify(checkpoint)
+    if problems:
+        raise InputError(f"{path}: is damaged: {'; '.join(problems)}")
+    info = checkpoint.info()
+    words = [
+        run_name,
+        ("best, " if checkpoint.kind == BEST else "") + f"step {info['step']}",
+        f"S {info['exposure']:.3g}" + (f"  κ {info['kappa']:.2f}" if info.get("kappa") else ""),
+    ]
+    if info.get("validation_loss") is not None:
+        words.append(f"held out {info['validation_loss']:.4f}")
+    about = {key: info.get(key) for key in ("step", "exposure", "kappa", "validation_loss")}
+    return Column("\n".join(w for w in words if w), path, identity, about)
+
+
+def _write(
+    config: RunConfig, columns: Sequence[Column], pictures: dict[tuple[int, str, int], Image.Image], target: Path
+) -> Path:
+    s = config.sample
+    rows = [(prompt, seed) for prompt in s.prompts for seed in s.seeds]
+    cells = [[pictures[c, prompt, seed] for c in range(len(columns))] for prompt, seed in rows]
+    grid = figures.grid(
+        cells, [c.label for c in columns], [f"{prompt or '(no prompt)'}\nseed {seed}" for prompt, seed in rows]
+    )
+    buffer = io.BytesIO()
+    grid.save(buffer, "png")
+    write_bytes(target / "grid.png", buffer.getvalue())
+    record = {
+        "columns": [
+            {"label": c.label, "weights": str(c.weights) if c.weights else config.model.base, **c.about}
+            for c in columns
+        ],
+        "rows": [{"prompt": prompt, "seed": seed} for prompt, seed in rows],
+        "settings": {
+            "negative_prompt": s.negative_prompt,
+            "steps": s.steps,
+            "guidance": s.guidance,
+            "resolution": config.data.resolution,
+        },
+    }
+    write_json(target / "grid.json", record)
+    details = json.dumps(record["settings"])
+    write_text(target / "index.html", page.render(f"Samples of {config.run.name}", "Same prompt, same seed, same starting noise in each row.",
+                                                  [{"title": "Grid", "picture": buffer.getvalue()}, {"title": "Settings", "code": details}]))  # fmt: skip
+    return target / "grid.png"
+
+
+def _readable(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return True
+    except OSError:
+        return False

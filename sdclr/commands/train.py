@@ -1,0 +1,347 @@
+"""`sdclr train`: fine-tune along the plan, watch the held-out images, keep every trough and the best."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from sdclr.config import source
+from sdclr.config.schema import RunConfig, Span
+from sdclr.engine.folder import RunFolder, storage_errors, write_bytes, write_text
+from sdclr.engine.plan import Inputs, Plan, changed, describe, make_plan, read_inputs
+from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError
+from sdclr.report import console, figures, metrics, page
+
+if TYPE_CHECKING:
+    from sdclr.engine.checkpoint import Checkpoint
+
+FREE_TO_CHANGE = ("run.tensorboard", "run.output_dir", "run.name", "sample.", "checkpoint.", "range_test.", "validation.every", "train.early_stop", "train.kappa",
+                  "model.attention", "model.gradient_checkpointing", "schedule.allow_peak_end")  # fmt: skip
+"""Keys that a resumed run may change: they touch neither the weights nor the meaning of the curves."""
+NEVER = ("run.seed", "model.", "data.", "validation.fraction", "optimizer.name", "batch.")
+"""Keys that no resumed run can change, not even when asked: it would be another run."""
+
+
+def train(
+    config_path: Path, overrides: Sequence[str] = (), resume: bool = False, checkpoint: Path | None = None
+) -> None:
+    """Run the command. Raises Interrupted (130, 143) after saving, DivergenceError (1) with the last good checkpoint named."""
+    if checkpoint and not resume:
+        raise InputError(
+            "--checkpoint says where to go on from; it needs --resume",
+            hint=f"sdclr train {config_path} --resume --checkpoint {checkpoint}",
+        )
+    loaded = source.load(config_path, overrides)
+    inputs = read_inputs(loaded)
+    folder = RunFolder(loaded.config.folder)
+    with folder.locked("train"):
+        plan = make_plan(loaded, inputs)
+        config = resolved(loaded.config, plan)
+        start = _resume_point(folder, checkpoint, config_path) if resume else None
+        if start:
+            _refuse_other_mathematics(folder, config, plan, start.step, overrides)
+        else:
+            _refuse_to_overwrite(folder, config_path)
+        write_text(folder.config, source.dump(config))
+        console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
+        session = Session(config, plan, folder, inputs)
+        session.train(start, config_path)
+        session.finish()
+    console.result(str(folder.final))
+    console.say(f"curves: {folder.report}; compare the kept states: sdclr sample {config_path}")
+
+
+def resolved(config: RunConfig, plan: Plan) -> RunConfig:
+    """The config with every `auto` that the plan has decided written out."""
+    schedule = config.schedule.model_copy(update={"max_lr": plan.schedule.max_lr})
+    return config.model_copy(
+        update={
+            "schedule": schedule,
+            "train": config.train.model_copy(update={"steps": Span(value=plan.steps, unit="steps"), "kappa": 1.0}),
+        }
+    )
+
+
+class Session:
+    """One training run in progress: what it trains, what it watches, what it writes."""
+
+    def __init__(self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs):
+        from sdclr.engine.run import Run
+        from sdclr.engine.watch import Watch
+
+        self.config, self.plan, self.folder = config, plan, folder
+        self.run = Run(config, inputs)
+        self.state = self.run.fresh_state()
+        self.troughs = set(plan.schedule.troughs())
+        self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
+        held_out, stabilised = self.run.held_out, self.run.stabilised
+        self.watch = Watch(self.run, held_out, stabilised, config.checkpoint.best) if held_out and stabilised else None
+        self.log: metrics.MetricsLog
+
+    # The story ----------------------------------------------------------------------------------------------------------------
+
+    def train(self, start: Checkpoint | None, config_path: Path) -> None:
+        """Step by step to the plan's end; what is due is looked at and kept."""
+        from sdclr.engine.loop import optimizer_steps
+        from sdclr.engine.signals import StopRequest
+
+        plan, config = self.plan, self.config
+        self._restore(start) if start else self._begin()
+        steps = optimizer_steps(
+            self.state,
+            self.run.inputs.batches,
+            self.run.loss,
+            plan.schedule,
+            plan.steps,
+            self.run.accelerator,
+            config.optimizer.max_grad_norm,
+        )
+        with StopRequest() as stop, console.progress("training", plan.steps, self.state.step) as bar:
+            try:
+                for result in steps:
+                    self.log.add("step", **dataclasses.asdict(result))
+                    trough, last = result.step in self.troughs, result.step == plan.steps
+                    if result.step % plan.validate_every == 0 or trough or last:
+                        self._look()
+                    if trough and config.checkpoint.at_troughs:
+                        self._save("trough")
+                    early = self._should_stop_early()
+                    if result.step % self.save_every == 0 or trough or last or early or stop.requested:
+                        self._save_full()
+                    bar.advance(self._numbers(result.lr, result.loss))
+                    if stop.requested and not last:
+                        raise stop.interrupted(
+                            f"stopped after step {result.step} of {plan.steps}, which is saved",
+                            f"sdclr train {config_path} --resume",
+                        )
+                    if early:
+                        console.say(
+                            f"stopped early at step {result.step}: {config.train.early_stop} validations without a new best"
+                        )
+                        break
+            except DivergenceError as problem:
+                self._say_what_is_kept(problem)
+                raise
+            finally:
+                self.log.close()
+
+    def finish(self) -> None:
+        """Export the final and the best model as diffusers folders, write the CSV and the report."""
+        from sdclr.engine.checkpoint import BEST, available
+        from sdclr.model.components import load_trained
+
+        records = metrics.read(self.folder.metrics)
+        write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
+        picture = figures.training(
+            records, f"{self.config.run.name}: {self.plan.schedule.policy}", sorted(self.troughs)
+        )
+        write_bytes(self.folder.path / "training.png", picture)
+        sections: list[dict[str, Any]] = [
+            {"title": "Curves", "picture": picture},
+            {"title": "The plan", "rows": describe(self.config, self.run.inputs, self.plan)},
+            {"title": "The config, resolved", "code": source.dump(self.config)},
+        ]
+        write_text(self.folder.report, page.render(f"Run {self.config.run.name}", self._in_words(), sections))
+        trained = {
+            name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
+        }
+        best = available(self.folder.checkpoints, (BEST,))
+        if best:
+            load_trained(self.run.parts, best[-1].path, self.config.model.train)
+            self._export(self.folder.best)
+        for name, weights in trained.items():
+            self.run.modules[name].load_state_dict(weights)
+        self._export(self.folder.final)  # last: its presence says that the run is finished
+
+    # Beginning, going on ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.log = self._open_log(None)
+        self._look()
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        from sdclr.engine.checkpoint import BEST, available, discard_after, restore
+        from sdclr.model.components import read_trained
+
+        info = restore(checkpoint, self.state, self.run.modules)
+        discard_after(self.folder.checkpoints, self.state.step)
+        self.log = self._open_log(self.state.step)
+        if self.watch:
+            kept = available(self.folder.checkpoints, (BEST,))
+            self.watch.restore(info["watch"], read_trained(kept[-1].path, self.config.model.train) if kept else None)
+        console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
+
+    def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
+        board = self.folder.path / "tensorboard" if self.config.run.tensorboard else None
+        with storage_errors(self.folder.metrics):
+            return metrics.MetricsLog(self.folder.metrics, upto_step, board)
+
+    # Looking, keeping -------------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        if self.watch:
+            self.log.add("validation", self.state.step, **self.watch.look(self.state.step, self.state.exposure))
+
+    def _should_stop_early(self) -> bool:
+        patience = self.config.train.early_stop
+        return bool(patience and self.watch and self.watch.since_best >= patience)
+
+    def _save_full(self) -> None:
+        """The best first, then the state to resume from; older ones go only when both are whole on disk."""
+        from sdclr.engine.checkpoint import prune
+
+        self._save_best()
+        self.log.sync()
+        self._save("step")
+        prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
+
+    def _save_best(self) -> None:
+        from sdclr.engine.checkpoint import BEST, available, save_model
+
+        if not self.watch or not self.watch.best or not self.watch.best_weights:
+            return
+        best, kept = self.watch.best, available(self.folder.checkpoints, (BEST,))
+        if not kept or kept[-1].step != best.step:
+            save_model(
+                self.folder.checkpoints,
+                BEST,
+                best.step,
+                best.exposure,
+                self.run.modules,
+                self.watch.best_weights,
+                self._info(best.exposure, best.loss),
+            )
+
+    def _save(self, kind: str) -> None:
+        from sdclr.engine.checkpoint import save
+
+        last = self.watch.last if self.watch else None
+        save(
+            self.folder.checkpoints,
+            kind,
+            self.state,
+            self.run.modules,
+            self._info(self.state.exposure, last.loss if last else None),
+        )
+
+    def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
+        best = self.plan.best_exposure
+        return {
+            "kappa": exposure / best if best else None,
+            "validation_loss": loss,
+            "watch": self.watch.state() if self.watch else None,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+    def _export(self, target: Path) -> None:
+        """A diffusers folder, written whole."""
+        partial = target.with_name(f".{target.name}.partial")
+        with storage_errors(target):
+            shutil.rmtree(partial, ignore_errors=True)
+            self.run.parts.save_pipeline(partial)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+
+    # Telling ------------------------------------------------------------------------------------------------------------------
+
+    def _numbers(self, lr: float, loss: float) -> str:
+        seen = f"  held out {self.watch.last.loss:.4f}" if self.watch and self.watch.last else ""
+        return f"lr {lr:.2e}  loss {loss:.4f}{seen}"
+
+    def _say_what_is_kept(self, problem: SdclrError) -> None:
+        from sdclr.engine.checkpoint import newest_sound
+
+        kept, _ = newest_sound(self.folder.checkpoints)
+        problem.message += (
+            f"\n  the last good checkpoint is {kept.path}" if kept else "\n  no checkpoint had been due yet"
+        )
+
+    def _in_words(self) -> str:
+        if not self.watch or not self.watch.best or not self.watch.last or self.watch.base is None:
+            return f"{self.state.step} steps, exposure {self.state.exposure:.3g}, trained on every image without validation."
+        base, best, last = float(self.watch.base.mean()), self.watch.best, self.watch.last
+        return (
+            f"Held-out loss {base:.4f} before, {best.loss:.4f} at its lowest ({best.loss / base - 1:+.1%}, step {best.step}, "
+            f"exposure {best.exposure:.3g}), {last.loss:.4f} at the end (step {last.step}, exposure {last.exposure:.3g})."
+        )
+
+
+def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Checkpoint:
+    """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh."""
+    from sdclr.engine.checkpoint import FULL, Checkpoint, newest_sound, verify
+
+    if named:
+        number = named.name.partition("-")[2]
+        if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
+            raise CheckpointError(
+                f"{named}: is not a checkpoint to resume from (a folder named {FULL}-000400)",
+                hint=f"see those there are: ls {folder.checkpoints}",
+            )
+        checkpoint = Checkpoint(named, FULL, int(number))
+        problems = verify(checkpoint)
+        if problems:
+            raise CheckpointError(
+                f"{named}: is damaged: {'; '.join(problems)}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
+        return checkpoint
+    found, skipped = newest_sound(folder.checkpoints)
+    for line in skipped:
+        console.warn(f"skipped a damaged checkpoint: {line}")
+    if found is None:
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds no {'sound ' if skipped else ''}checkpoint to resume from",
+            hint=f"start it: sdclr train {config_path}",
+        )
+    return found
+
+
+def _refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
+    from sdclr.engine.checkpoint import available
+
+    if folder.final.exists():
+        raise InputError(
+            f"{folder.path}: holds a finished run",
+            hint="give the new one another name: --set run.name=...  (or remove that folder)",
+        )
+    if available(folder.checkpoints):
+        raise InputError(
+            f"{folder.path}: holds an unfinished run",
+            hint=f"go on with it: sdclr train {config_path} --resume  (or --set run.name=...)",
+        )
+
+
+def _refuse_other_mathematics(
+    folder: RunFolder, config: RunConfig, plan: Plan, step: int, overrides: Sequence[str]
+) -> None:
+    """A resumed run must compute what the stored one would have; differences are named with both values."""
+    try:
+        before = yaml.safe_load(folder.config.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{folder.config}: cannot be read: {error}") from None
+    accepted = tuple(o.partition("=")[0].strip() for o in overrides)
+    same_rates = _rates_as_used(folder, step, plan)
+    clashes = []
+    for key, stored, given in changed(before, config.model_dump(mode="json")):
+        if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
+            continue
+        if key.startswith(accepted) and accepted and not key.startswith(NEVER):
+            continue
+        asked = "" if key.startswith(NEVER) else f"; to accept the change: --set {key}={given}"
+        clashes.append(f"{key} is {given} in the config, and the run was started with {stored}{asked}")
+    if clashes:
+        raise CheckpointError(
+            "\n".join(clashes), hint="put the stored values back, or start another run: --set run.name=..."
+        )
+
+
+def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:
+    """Whether the new plan's rates for the steps already done are those the run really used."""
+    used = [r["lr"] for r in metrics.read(folder.metrics) if r["kind"] == "step" and r["step"] <= step]
+    return len(used) == step and used == [plan.schedule(i) for i in range(step)]

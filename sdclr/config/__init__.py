@@ -1,0 +1,1 @@
+"""The one YAML file: its schema, and its reading."""

@@ -1,0 +1,452 @@
+"""The config's schema: one frozen pydantic model a section, unknown keys forbidden, impossible combinations refused.
+
+A problem that involves two keys is reported at the later one (`at=`), so that the reader is sent to a line they can change.
+Defaults carry their reason; units stand in the description.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+Policy = Literal["constant", "linear", "triangular", "triangular2", "exp_range", "welch", "hann", "everydream"]
+CYCLIC = ("triangular", "triangular2", "exp_range", "welch", "hann", "everydream")
+
+
+def problem(message: str, at: str | None = None) -> PydanticCustomError:
+    """One problem in our own words; `at` names the key of the same section that it should be shown at."""
+    return problems([(at, message)])
+
+
+def problems(found: list[tuple[str | None, str]]) -> PydanticCustomError:
+    """Several problems of one section as one error; `config.source` takes them apart again."""
+    return PydanticCustomError("sdclr", "{text}", {"text": "; ".join(message for _, message in found), "found": found})
+
+
+def needed(message: str, at: str) -> PydanticCustomError:
+    """A key that must be given because of another; not reported when the key stood there and was itself refused."""
+    return PydanticCustomError("sdclr_needed", "{text}", {"text": message, "found": [(at, message)]})
+
+
+class Span(BaseModel):
+    """A length of training: a whole number of optimizer steps, or a number of epochs (passes over the training images)."""
+
+    model_config = ConfigDict(frozen=True)
+    value: float
+    unit: Literal["steps", "epochs"]
+
+    def in_steps(self, steps_per_epoch: float) -> int:
+        """Optimizer steps, at least one."""
+        return max(1, round(self.value * (steps_per_epoch if self.unit == "epochs" else 1)))
+
+    def __str__(self) -> str:
+        return f"{self.value:g} {self.unit if self.value != 1 else self.unit[:-1]}"
+
+
+def parse_span(value: Any) -> Any:
+    """`40`, `"40 steps"`, `"10 epochs"` or `"1 epoch"` to a Span."""
+    if isinstance(value, (Span, dict)):
+        return value
+    if isinstance(value, bool) or value is None:
+        raise problem(f"must be a number of steps such as 40, or text such as '10 epochs'; got {value!r}")
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?)?\s*", str(value), re.IGNORECASE)
+    number = float(match[1]) if match else math.nan
+    unit = "epochs" if match and (match[2] or "").lower().startswith("epoch") else "steps"
+    if not 0 < number <= 1e9:
+        raise problem(f"must be a positive number of steps such as 40, or text such as '10 epochs'; got {value!r}")
+    if unit == "steps" and number != round(number):
+        raise problem(f"must be a whole number of steps; got {value!r}")
+    return Span(value=number, unit=unit)
+
+
+def show_span(span: Span) -> int | str:
+    """The shortest text that parses back to the same Span."""
+    return int(span.value) if span.unit == "steps" else str(span)
+
+
+Length = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(show_span)]
+Rate = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+Seed = Annotated[int, Field(ge=0, le=2**53)]
+Text = Annotated[str, Field(max_length=2000)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, strict about keys, defaults judged like values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RunSection(Section):
+    """Where the run lives and what seeds it."""
+
+    name: Annotated[str, Field(min_length=1, max_length=100)] = Field(
+        description="folder of this run inside output_dir"
+    )
+    output_dir: Path = Field(Path("runs"), description="folder that holds all runs and the cache")
+    seed: Seed = Field(42, description="every random draw derives from it")
+    tensorboard: bool = Field(False, description="also write TensorBoard files (pip install 'sdclr[tensorboard]')")
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_folder_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[\w][\w.@+-]*", name):
+            raise problem(
+                f"must be a plain folder name (letters, digits, . _ - + @, not starting with a dot or dash); got {name!r}"
+            )
+        return name
+
+
+class ModelSection(Section):
+    """The Stable Diffusion to start from, and how to compute with it."""
+
+    base: Annotated[str, Field(min_length=1, max_length=1000)] = Field(
+        description="diffusers folder, one .safetensors file, or a hub id"
+    )
+    config: str | None = Field(
+        None, description="for a .safetensors file: the diffusers folder or hub id with its configs and tokenizer"
+    )
+    train: tuple[Literal["unet", "text_encoder"], ...] = Field(("unet",), description="what is fine-tuned")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the forward pass; weights stay fp32"
+    )
+    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
+    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+
+    @field_validator("train")
+    @classmethod
+    def _trains_the_unet_once(cls, train: tuple[str, ...]) -> tuple[str, ...]:
+        if "unet" not in train or len(set(train)) != len(train):
+            raise problem(f"must be [unet] or [unet, text_encoder]; got {list(train)}")
+        return train
+
+    @field_validator("config")
+    @classmethod
+    def _config_goes_with_a_single_file(cls, config: str | None, info: ValidationInfo) -> str | None:
+        base = info.data.get("base")
+        if base and config and not base.endswith(".safetensors"):
+            raise problem(f"has no effect here: only a single .safetensors file needs it, and base is {base!r}")
+        if base and not config and base.endswith(".safetensors"):
+            raise needed(
+                "model.config is needed with a single file: name a diffusers folder, or a hub id such as "
+                "stable-diffusion-v1-5/stable-diffusion-v1-5, to take the configs and the tokenizer from (small text files)",
+                at="base",
+            )
+        return config
+
+
+class DataSection(Section):
+    """The images and their captions."""
+
+    images: Path = Field(
+        description="folder of pictures, each with a .txt or .caption beside it (else the file name is the caption)"
+    )
+    resolution: Annotated[int, Field(ge=32, le=4096)] = Field(512, description="pixels, a multiple of 8")
+    crop: Literal["center", "random"] = Field("center", description="how a picture becomes square")
+    crops: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="random crops encoded for each picture (crop: random)"
+    )
+    flip: bool = Field(False, description="also train on mirrored pictures")
+    caption: Text | None = Field(None, description="one caption for every picture that has no caption file")
+    caption_dropout: Probability = Field(
+        0.1, description="share of steps' samples whose caption is emptied, so that guidance keeps working"
+    )
+
+    @field_validator("resolution")
+    @classmethod
+    def _resolution_fits_the_vae(cls, resolution: int) -> int:
+        if resolution % 8:
+            raise problem(
+                f"must be a multiple of 8 (the VAE's factor); got {resolution}, nearest is {8 * round(resolution / 8)}"
+            )
+        return resolution
+
+    @field_validator("crops")
+    @classmethod
+    def _crops_are_random(cls, crops: int, info: ValidationInfo) -> int:
+        if crops > 1 and info.data.get("crop") == "center":
+            raise problem(f"has no effect with crop: center (there is only one); got {crops}")
+        return crops
+
+
+class ValidationSection(Section):
+    """The held-out split, and how often and how finely it is measured."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
+        0.2, description="share of images held out; 0 trains on all, blind"
+    )
+    every: Length = Field(Span(value=1, unit="epochs"), description="steps or epochs between validations")
+    timesteps_per_image: Annotated[int, Field(ge=1, le=250)] = Field(
+        8, description="fixed (noise, timestep) draws per image, one a stratum"
+    )
+
+
+class OptimizerSection(Section):
+    """The optimizer; its betas are never cycled."""
+
+    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="adamw"
+    )
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="adamw")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        1.0, description="null: no clipping"
+    )
+    text_encoder_scale: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="text encoder's rate as a multiple of the UNet's"
+    )
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_optimizer(self) -> OptimizerSection:
+        belongs = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
+        found: list[tuple[str | None, str]] = [
+            (key, f"has no effect: it belongs to {owner}, and optimizer.name is {self.name}")
+            for key, owner in belongs.items()
+            if self.name != owner and getattr(self, key) != type(self).model_fields[key].default
+        ]
+        if found:
+            raise problems(found)
+        return self
+
+
+class LossSection(Section):
+    """The training loss; validation is always the plain mean squared error."""
+
+    min_snr_gamma: Annotated[float, Field(gt=0, le=100)] | None = Field(None, description="min-SNR weighting, often 5")
+    noise_offset: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="often 0.05; lets very dark and bright pictures be learnt"
+    )
+
+
+class BatchSection(Section):
+    """How many pictures one optimizer step sees: size × accumulate × processes."""
+
+    size: Annotated[int, Field(ge=1, le=4096)] = Field(
+        4, description="pictures in one forward-backward, on one process"
+    )
+    accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="forward-backwards in one optimizer step")
+
+
+class RangeTestSection(Section):
+    """How the learning-rate range test looks."""
+
+    arms_per_decade: Annotated[int, Field(ge=2, le=16)] = Field(4, description="rates tried in a factor of ten")
+    tolerance: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.10, description="share of the gain that a rate may lose and still be admissible"
+    )
+    raggedness: Annotated[float, Field(gt=0, le=10)] = Field(
+        0.25, description="unevenness of the curve, as a share of the gain, that is still admissible"
+    )
+    test_exposure: Annotated[float, Field(gt=0, le=2)] = Field(
+        0.5, description="exposure at which arms are compared, as a share of the best one"
+    )
+    lr: tuple[Rate, Rate] | None = Field(
+        None, description="[lowest, highest] rate to try, instead of the screen's choice"
+    )
+    max_steps: Count = Field(3000, description="train steps that the reference arm may take at most")
+    max_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="stop after this long and report what is finished"
+    )
+
+    @field_validator("lr")
+    @classmethod
+    def _range_is_a_range(cls, lr: tuple[float, float] | None) -> tuple[float, float] | None:
+        if lr and not 0 < lr[0] < lr[1]:
+            raise problem(f"must be [lowest, highest] with 0 < lowest < highest; got {list(lr)}")
+        return lr
+
+
+class Group(Section):
+    """Some cycles whose height is scaled, for decayed phases."""
+
+    cycles: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)]
+    scale: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+
+
+class ScheduleSection(Section):
+    """The learning rate as a function of the optimizer step, in Smith's and torch's words (arXiv 1506.01186)."""
+
+    policy: Policy = "triangular"
+    base_lr: Rate = Field(0.0, description="rate at the troughs")
+    max_lr: Rate | Literal["auto"] = Field(
+        "auto", description="rate at the peaks; auto: from the newest range test that fits"
+    )
+    step_size: Length | None = Field(None, description="half a cycle, in steps or epochs (or give cycles)")
+    cycles: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
+        None, description="number of cycles in the run (or give step_size)"
+    )
+    start: Literal["low", "peak"] = "low"
+    gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="exp_range: factor a step on the height"
+    )
+    groups: tuple[Group, ...] | None = Field(
+        None, description="decayed phases: [{cycles: 3, scale: 1}, {cycles: 2, scale: 0.5}]"
+    )
+    warmup: Annotated[int, Field(ge=0, le=1_000_000)] | Literal["auto"] | None = Field(
+        None,
+        description="linear warm-up in steps (constant, linear); everydream: steps, or auto for its own step_size/50",
+    )
+    allow_peak_end: bool = Field(
+        False, description="accept a plan whose last step is nearer to the peak than to the trough"
+    )
+
+    @field_validator("max_lr")
+    @classmethod
+    def _max_is_above_base(cls, max_lr: float | str, info: ValidationInfo) -> float | str:
+        base_lr = info.data.get("base_lr")
+        if isinstance(max_lr, float) and max_lr == 0:
+            raise problem("must be greater than 0 (at 0 nothing is learnt)")
+        if (
+            isinstance(max_lr, float)
+            and base_lr is not None
+            and max_lr <= base_lr
+            and info.data.get("policy") != "constant"
+        ):
+            raise problem(f"must be greater than base_lr ({base_lr:g}); got {max_lr:g}")
+        return max_lr
+
+    @model_validator(mode="after")
+    def _settings_belong_to_the_policy(self) -> ScheduleSection:
+        p, cyclic, given = self.policy, self.policy in CYCLIC, self.model_fields_set
+        idle = f"has no effect with policy: {p}"
+        lengths = [key for key in ("step_size", "cycles", "groups") if getattr(self, key) is not None]
+        found: list[tuple[str | None, str]] = []
+        if not cyclic:
+            found += [(key, idle) for key in lengths]
+            found += [("start", idle)] if self.start == "peak" else []
+        if p in ("constant", "everydream") and self.base_lr > 0:
+            found.append(
+                ("base_lr", f"{idle} ({'the rate is max_lr' if p == 'constant' else 'its floor is always 0'})")
+            )
+        if p == "everydream" and "start" in given and self.start == "low":
+            found.append(("start", "must be peak with policy: everydream (its cosine starts at the peak)"))
+        if p == "everydream" and self.groups:
+            found.append(("groups", idle))
+        if cyclic and "cycles" in lengths and len(lengths) > 1:
+            found.append(
+                (
+                    "cycles",
+                    f"gives the schedule a second length beside {lengths[0] if lengths[0] != 'cycles' else lengths[1]}: keep one",
+                )
+            )
+        if self.gamma is not None and p != "exp_range":
+            found.append(("gamma", idle))
+        if self.warmup is not None and cyclic and p != "everydream":
+            found.append(("warmup", f"{idle} (a cycle that starts low warms up by itself)"))
+        if self.warmup == "auto" and not cyclic:
+            found.append(("warmup", f"'auto' is everydream's; give a number of steps with policy: {p}"))
+        if found:
+            raise problems(found)
+        if cyclic and not lengths:
+            raise needed(f"policy: {p} needs a length: cycles: 4, or step_size: '10 epochs', or groups", at="policy")
+        if p == "exp_range" and self.gamma is None:
+            raise needed("policy: exp_range needs gamma, for example 0.999", at="policy")
+        return self
+
+
+class TrainSection(Section):
+    """How long to train."""
+
+    steps: Length | Literal["auto"] = Field(
+        "auto", description="800, or '200 epochs', or auto: from the range test and kappa"
+    )
+    kappa: Annotated[float, Field(gt=0, le=100)] = Field(
+        1.0, description="exposure wished, in units of the best one: below 1 faithful, above 2 'fried'"
+    )
+    early_stop: Count | None = Field(None, description="stop after this many validations without a new best")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps_or_auto(cls, steps: Any) -> Any:
+        return steps if steps == "auto" else parse_span(steps)
+
+    @field_validator("kappa")
+    @classmethod
+    def _kappa_is_used(cls, kappa: float, info: ValidationInfo) -> float:
+        if kappa != 1.0 and isinstance(info.data.get("steps"), Span):
+            raise problem(
+                f"has no effect when train.steps is given ({info.data['steps']}); use steps: auto to plan by kappa"
+            )
+        return kappa
+
+
+class CheckpointSection(Section):
+    """Which states of the run are kept."""
+
+    at_troughs: bool = Field(True, description="at the end of every cycle")
+    best: bool = Field(True, description="at the lowest validation loss")
+    every: Length | None = Field(None, description="and every so many steps or epochs")
+    keep_last: Count = Field(2, description="how many of the latest to keep beside troughs and best")
+
+
+class SampleSection(Section):
+    """The comparison grids."""
+
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=200)] = ("a photo",)
+    negative_prompt: Text = ""
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=200)] = (1, 2, 3)
+    steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="of the sampler")
+    guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 7.5
+
+
+class RunConfig(Section):
+    """One run, whole."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    validation: ValidationSection = ValidationSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    loss: LossSection = LossSection()
+    batch: BatchSection = BatchSection()
+    range_test: RangeTestSection = RangeTestSection()
+    schedule: ScheduleSection = ScheduleSection(cycles=4)
+    train: TrainSection = TrainSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    sample: SampleSection = SampleSection()
+
+    @field_validator("optimizer")
+    @classmethod
+    def _text_encoder_is_trained(cls, optimizer: OptimizerSection, info: ValidationInfo) -> OptimizerSection:
+        model = info.data.get("model")
+        if model and optimizer.text_encoder_scale != 1.0 and "text_encoder" not in model.train:
+            raise problem("has no effect: model.train does not name text_encoder", at="text_encoder_scale")
+        return optimizer
+
+    @field_validator("train")
+    @classmethod
+    def _early_stop_can_see(cls, train: TrainSection, info: ValidationInfo) -> TrainSection:
+        validation = info.data.get("validation")
+        if validation and train.early_stop and validation.fraction == 0:
+            raise problem("needs a validation split, and validation.fraction is 0", at="early_stop")
+        return train
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _best_can_be_told(cls, checkpoint: CheckpointSection, info: ValidationInfo) -> CheckpointSection:
+        validation = info.data.get("validation")
+        if validation and validation.fraction == 0 and checkpoint.best and "best" in checkpoint.model_fields_set:
+            raise problem("needs a validation split, and validation.fraction is 0", at="best")
+        return checkpoint
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self.run.output_dir / self.run.name

@@ -1,0 +1,364 @@
+"""From a YAML file to a RunConfig, or to every problem of the file at once, each as `file:line:column: what`.
+
+Nodes are composed (safely: no tags, no anchors) and turned into values here, so that every value keeps the place it was written
+at, `1e-6` is a number, `off` is a word, and a key given twice is seen. `--set section.key=value` is written into the same values
+before the schema judges them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from sdclr.config.schema import RunConfig, Span, show_span
+from sdclr.errors import ConfigError
+
+MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 20, 20_000
+
+# YAML 1.2's core schema: what a plain (unquoted) scalar means. YAML 1.1, PyYAML's default, reads 1e-6 as text, `off` as false and 012 as ten.
+_PLAIN: list[tuple[re.Pattern[str], Callable[[str], Any]]] = [
+    (re.compile(r"null|Null|NULL|~|"), lambda text: None),
+    (re.compile(r"true|True|TRUE"), lambda text: True),
+    (re.compile(r"false|False|FALSE"), lambda text: False),
+    (re.compile(r"[-+]?[0-9]{1,300}"), int),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"), lambda text: float(text.replace(".", ""))),
+]
+
+Path_ = tuple[str | int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedConfig:
+    """A judged config, and where each of its values was written."""
+
+    config: RunConfig
+    source: str
+    marks: dict[Path_, str]
+
+    def problem(self, location: str, message: str) -> str:
+        """`file:line:column: section.key message`, for problems that only the data can show."""
+        return f"{_place(self.marks, tuple(location.split('.')), self.source)}: {location} {message}"
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
+    """Read, override and judge one config file.
+
+    Raises ConfigError with every problem found: syntax, doubled and unknown keys, wrong types, impossible combinations.
+    """
+    source = str(path)
+    found: list[str] = []
+    marks: dict[Path_, str] = {}
+    values = _Reader(source, marks, found).read(_text_of(Path(path)))
+    for override in overrides:
+        _apply(override, values, marks, found)
+    config, schema_problems = _judge(values, marks, source)
+    found += schema_problems
+    if found or config is None:
+        raise ConfigError(
+            sorted(dict.fromkeys(found), key=_reading_order),
+            hint=f"see every key with its meaning: sdclr init --stdout; then: sdclr check {source}",
+        )
+    return LoadedConfig(config, source, marks)
+
+
+def dump(config: RunConfig) -> str:
+    """The whole config as YAML that `load` reads back to the same RunConfig."""
+    return yaml.dump(
+        config.model_dump(mode="json"),
+        Dumper=_Dumper,
+        sort_keys=False,
+        default_flow_style=None,
+        allow_unicode=True,
+        width=120,
+    )
+
+
+def dump_value(value: Any) -> str:
+    """One value as it would stand in a config."""
+    if isinstance(value, Span):
+        value = show_span(value)
+    if isinstance(value, Path):
+        value = str(value)
+    if isinstance(value, tuple):
+        value = list(value)
+    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000).strip()[1:-1]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes text that YAML 1.2 would read as a number in quotes, which PyYAML's own resolver does not."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    quoted = any(pattern.fullmatch(text) for pattern, _ in _PLAIN)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _text_of(path: Path) -> str:
+    hint = f"write a commented one for your images: sdclr init path/to/images --output {path}"
+    if not path.is_file():
+        raise ConfigError(
+            [f"{path}: there is no such config file" if not path.exists() else f"{path}: is not a file"], hint
+        )
+    try:
+        data = path.read_bytes()
+        if len(data) > MAX_BYTES:
+            raise ConfigError([f"{path}: is {len(data):,} bytes long, a config has at most {MAX_BYTES:,}"], hint)
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"{path}: is not UTF-8 text (byte {error.start})"], "save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+
+
+class _Reader:
+    """One walk over the composed nodes: values out, marks and problems noted on the way."""
+
+    def __init__(self, source: str, marks: dict[Path_, str], found: list[str]):
+        self.source, self.marks, self.found, self.nodes = source, marks, found, 0
+
+    def read(self, text: str) -> dict[str, Any]:
+        try:
+            self._refuse_anchors_and_depth(text)
+            node = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            what = " ".join(part for part in (error.problem, f"({error.context})" if error.context else "") if part)
+            what = what.replace("\\t", "tab") + (
+                ": indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
+            )
+            raise ConfigError([f"{self._at(mark)}: not YAML: {what}"]) from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise ConfigError([f"{self.source}: not YAML: {error}"]) from None
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError([f"{self._at(node.start_mark)}: the file must hold sections (run:, model:, data:, ...)"])
+        return self._value(node, ())
+
+    def _refuse_anchors_and_depth(self, text: str) -> None:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            self.nodes += 1
+            if getattr(event, "anchor", None) is not None:
+                raise ConfigError(
+                    [
+                        f"{self._at(event.start_mark)}: anchors and aliases (& and *) are not used in configs: write the value out"
+                    ]
+                )
+            if isinstance(event, (yaml.CollectionStartEvent, yaml.CollectionEndEvent)):
+                depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
+            if depth > MAX_DEPTH or self.nodes > MAX_NODES:
+                raise ConfigError([f"{self._at(event.start_mark)}: nested too deeply or too long for a config"])
+
+    def _value(self, node: Any, path: Path_) -> Any:
+        self.marks.setdefault(path, self._at(node.start_mark))
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
+        standard = {
+            f"tag:yaml.org,2002:{name}"
+            for name in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
+        }
+        if node.tag not in standard:
+            self.found.append(f"{self._at(node.start_mark)}: tags such as {node.tag} are not used in configs")
+            return None
+        return scalar(node.value) if node.style is None else node.value
+
+    def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, place = str(key_node.value), self._at(key_node.start_mark)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.found.append(f"{place}: a key must be a word")
+                continue
+            if key in values:
+                first = _line_of(self.marks[(*path, key)])
+                self.found.append(f"{place}: {_dotted((*path, key))} is given twice (first in line {first})")
+                continue
+            self.marks[(*path, key)] = place
+            values[key] = self._value(value_node, (*path, key))
+        return values
+
+    def _at(self, mark: Any) -> str:
+        return f"{self.source}:{mark.line + 1}:{mark.column + 1}" if mark else self.source
+
+
+def scalar(text: str) -> Any:
+    """What a plain scalar means in YAML 1.2's core schema."""
+    for pattern, convert in _PLAIN:
+        if pattern.fullmatch(text):
+            return convert(text)
+    return text
+
+
+def _apply(override: str, values: dict[str, Any], marks: dict[Path_, str], found: list[str]) -> None:
+    """Write one `section.key=value` into the values; the value is YAML."""
+    place = f"--set {override}"
+    target, separator, text = override.partition("=")
+    keys = tuple(part.strip() for part in target.split("."))
+    if not separator or not all(keys):
+        found.append(f"{place}: must look like section.key=value, for example --set train.steps=800")
+        return
+    try:
+        value = _Reader(place, {}, found).read(f"value: {text.strip()}").get("value")
+    except ConfigError as error:
+        found.extend(error.problems)
+        return
+    section = values
+    for key in keys[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            found.append(f"{place}: {target} goes into {key}, which is a value and not a section")
+            return
+    section[keys[-1]] = value
+    for known in [path for path in marks if path[: len(keys)] == keys]:
+        del marks[known]
+    marks[keys] = place
+
+
+def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tuple[RunConfig | None, list[str]]:
+    """Validate; after a failure take the refused values out and judge the rest, so that one problem does not hide another."""
+    found: list[str] = []
+    for round_ in range(8):
+        try:
+            return RunConfig.model_validate(values), found
+        except ValidationError as error:
+            details = [
+                d for d in error.errors(include_url=False) if not (round_ and d["type"] in ("missing", "sdclr_needed"))
+            ]
+            for detail in details:
+                found += _tell(detail, marks, source)
+            if not details:
+                break
+            for detail in details:
+                for path in _paths(detail):
+                    _remove(values, path)
+    return None, found
+
+
+def _paths(detail: ErrorDetails) -> list[Path_]:
+    """The places a problem speaks of: its location, or the keys it names itself."""
+    location = tuple(
+        part for part in detail["loc"] if not (isinstance(part, str) and not part.replace("_", "").isalnum())
+    )
+    found = detail.get("ctx", {}).get("found")
+    return [(*location, at) if at else location for at, _ in found] if found else [location]
+
+
+def _tell(detail: ErrorDetails, marks: dict[Path_, str], source: str) -> list[str]:
+    """One problem of the schema as lines in the user's words."""
+    paths = [_known_part(path, marks) if detail["type"] != "missing" else path for path in _paths(detail)]
+    found = detail.get("ctx", {}).get("found")
+    messages = [message for _, message in found] if found else [_in_words(detail)]
+    lines = []
+    for path, message in zip(paths, messages, strict=True):
+        name = "" if message.startswith(("policy:", "model.")) else _dotted(path) + " "
+        lines.append(f"{_place(marks, path, source)}: {name}{message}")
+    return lines
+
+
+def _in_words(detail: ErrorDetails) -> str:
+    kind, ctx, value = detail["type"], detail.get("ctx", {}), detail["input"]
+    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
+    if kind == "extra_forbidden":
+        *section, key = detail["loc"]
+        near = difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.6)
+        return "is not a known key" + (
+            f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_keys(section))}"
+        )
+    if kind == "missing":
+        return "is missing"
+    if kind == "literal_error":
+        words = re.findall(r"'([^']*)'", ctx["expected"])
+        near = difflib.get_close_matches(str(value), words, n=1)
+        return f"must be one of {', '.join(words)}; got {shown}" + (f"; did you mean {near[0]}?" if near else "")
+    bounds = {
+        "greater_than": ("gt", "greater than"), "greater_than_equal": ("ge", "at least"),
+        "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
+    }  # fmt: skip
+    if kind == "too_short":
+        return f"needs at least {ctx['min_length']} entry"
+    if kind in bounds:
+        key, words_ = bounds[kind]
+        return f"must be {words_} {ctx[key]:g}; got {shown}"
+    kinds = {
+        "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "path": "a path",
+        "tuple": "a list", "model": "a section (key: value pairs)", "finite": "a finite number",
+    }  # fmt: skip
+    for prefix, words_ in kinds.items():
+        if kind.startswith(prefix) and kind not in ("string_too_long", "string_too_short"):
+            return f"must be {words_}; got {shown}"
+    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}; got {shown}"
+
+
+def _keys(section: Sequence[str | int]) -> list[str]:
+    """The keys that the schema knows at a place."""
+    model: Any = RunConfig
+    for part in section:
+        field = model.model_fields.get(str(part)) if isinstance(model, type) and issubclass(model, BaseModel) else None
+        annotation = field.annotation if field else model
+        inner = [a for a in (annotation, *_arguments(annotation)) if isinstance(a, type) and issubclass(a, BaseModel)]
+        model = inner[0] if inner else model
+    return list(model.model_fields)
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    direct = list(getattr(annotation, "__args__", ()))
+    return direct + [a for d in direct for a in _arguments(d)]
+
+
+def _known_part(path: Path_, marks: dict[Path_, str]) -> Path_:
+    """The path without what pydantic adds to it (names of union members)."""
+    while path and path not in marks and path[:-1] in marks and len(path) > 2:
+        path = path[:-1]
+    return path
+
+
+def _place(marks: dict[Path_, str], path: Path_, source: str) -> str:
+    while path and path not in marks:
+        path = path[:-1]
+    return marks.get(path, source)
+
+
+def _dotted(path: Path_) -> str:
+    text = ""
+    for part in path:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
+
+
+def _reading_order(line: str) -> tuple[int, int]:
+    """Top to bottom, left to right; problems without a place (--set) first."""
+    match = re.match(r".*?:(\d+):(\d+): ", line)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _line_of(place: str) -> str:
+    return place.rsplit(":", 2)[-2]
+
+
+def _remove(values: Any, path: Path_) -> None:
+    """Take the value at the path (or the nearest that exists above it) out; lists lose the whole list."""
+    parent, key = None, None
+    for part in path:
+        if isinstance(values, dict) and part in values:
+            parent, key, values = values, part, values[part]
+        else:
+            break
+    if parent is not None:
+        del parent[key]

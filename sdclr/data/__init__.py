@@ -1,0 +1,1 @@
+"""Images and captions, from the folder to the batch."""

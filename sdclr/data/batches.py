@@ -1,0 +1,68 @@
+"""Which picture, seen how, at which place of the run: a function of the seed and the sample's position.
+
+A run is one endless stream of samples, epoch after epoch, each epoch a fresh permutation; a step takes the next
+size × accumulate × processes of them. An epoch need not be a whole number of steps, and no picture is ever dropped or doubled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+
+from sdclr.seeding import derive, numpy_rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample of the stream: its position, the picture's index, the index of its view, and whether its caption is emptied."""
+
+    position: int
+    index: int
+    view: int
+    drop_caption: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """The stream, cut into optimizer steps and micro-batches; `rank` of `processes` takes its share of each micro-batch."""
+
+    seed: int
+    images: int
+    views: int
+    size: int
+    accumulate: int = 1
+    caption_dropout: float = 0.0
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.size * self.accumulate * self.processes
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in one pass over the images; may be fractional."""
+        return self.images / self.samples_per_step
+
+    def __call__(self, step: int) -> list[list[Sample]]:
+        """This process's micro-batches of one optimizer step (0-based)."""
+        first = step * self.samples_per_step
+        micro = self.size * self.processes
+        return [
+            [self.sample(first + m * micro + self.rank * self.size + i) for i in range(self.size)]
+            for m in range(self.accumulate)
+        ]  # fmt: skip
+
+    def sample(self, position: int) -> Sample:
+        """The sample at one position of the stream."""
+        epoch, place = divmod(position, self.images)
+        draw = derive(self.seed, "view", position)
+        dropped = derive(self.seed, "caption dropout", position) < self.caption_dropout * 2**63
+        return Sample(position, int(_order(self.seed, epoch, self.images)[place]), draw % self.views, dropped)
+
+
+@lru_cache(maxsize=8)
+def _order(seed: int, epoch: int, images: int) -> np.ndarray:
+    return numpy_rng(seed, "order", epoch).permutation(images)

@@ -1,0 +1,174 @@
+"""Find the image-caption pairs of a folder, and split them; every problem of the folder is reported at once, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import unicodedata
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from sdclr.errors import DataError
+from sdclr.seeding import derive
+
+CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_PIXELS = 16_384 * 16_384 // 2
+"""Larger pictures are refused before they are decoded: about 400 MB of memory (a decompression bomb, or a mistake)."""
+MIN_SIDE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One picture and its caption; `key` is the path relative to the folder, with forward slashes."""
+
+    path: Path
+    key: str
+    caption: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Pairs to train on, and pairs held out; both in the order of their keys."""
+
+    train: tuple[Pair, ...]
+    validation: tuple[Pair, ...]
+
+
+def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
+    """All pairs under `folder`, sorted by key.
+
+    A caption is the .txt or .caption file beside the picture, else `default_caption`, else the file's name with `_` and `-` as
+    spaces. Raises DataError naming every picture that cannot be used; pixels are decoded later, when they are first needed.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            [f"{folder}: there is no such image folder"], hint="set data.images to the folder that holds your pictures"
+        )
+    found: list[str] = []
+    images, captions = _files(folder, found)
+    pairs = []
+    for stem, paths in sorted(images.items()):
+        if len(paths) > 1:
+            names = ", ".join(_shown(folder, p) for p in paths)
+            found.append(
+                f"{names}: {len(paths)} pictures of one name share one caption file: rename or remove all but one"
+            )
+            continue
+        found += _unusable(folder, paths[0])
+        caption = _caption(folder, paths[0], captions.get(stem, []), default_caption, found)
+        pairs.append(Pair(paths[0], _key(folder, paths[0]), caption))
+    if not images and not found:
+        found.append(
+            f"{folder}: holds no pictures (looked for {', '.join(sorted(Image.registered_extensions())[:8])}, ...)"
+        )
+    if found:
+        raise DataError(found, hint=f"{len(found)} problem(s) in {folder}; nothing was trained")
+    return sorted(pairs, key=lambda pair: pair.key)
+
+
+def split(pairs: Sequence[Pair], fraction: float, seed: int, fold: int = 0) -> Split:
+    """Hold out exactly round(fraction·N) pairs: those whose seeded hash ranks lowest.
+
+    Each pair's rank depends on its own key alone, so adding pictures moves an old one across the split only when the number held
+    out changes or a new one ranks below it. `fold` 1, 2, ... take the next lowest instead (rotating folds).
+    """
+    count = round(fraction * len(pairs))
+    ranked = sorted(pairs, key=lambda pair: (derive(seed, "split", unicodedata.normalize("NFC", pair.key)), pair.key))
+    shift = (fold * count) % max(1, len(pairs))
+    ranked = ranked[shift:] + ranked[:shift]
+    held = {pair.key for pair in ranked[:count]}
+    return Split(
+        train=tuple(pair for pair in pairs if pair.key not in held),
+        validation=tuple(pair for pair in pairs if pair.key in held),
+    )
+
+
+def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Pictures and caption files by the path without its suffix; hidden files and folders are left alone."""
+    known = Image.registered_extensions()
+    images: dict[str, list[Path]] = defaultdict(list)
+    captions: dict[str, list[Path]] = defaultdict(list)
+    root = folder.resolve()
+    for directory, subfolders, names in os.walk(folder):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(directory, name)
+            kind = (
+                captions
+                if path.suffix.lower() in CAPTION_SUFFIXES
+                else images
+                if path.suffix.lower() in known
+                else None
+            )
+            if kind is None or name.startswith("."):
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                found.append(f"{_shown(folder, path)}: is a link to a file outside the folder; copy the file instead")
+                continue
+            kind[unicodedata.normalize("NFC", str(path.with_suffix("")))].append(path)
+    return images, captions
+
+
+def _unusable(folder: Path, path: Path) -> list[str]:
+    """What the header already shows to be wrong with a picture."""
+    name = _shown(folder, path)
+    try:
+        if path.stat().st_size == 0:
+            return [f"{name}: is empty (0 bytes)"]
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own, clearer limit follows
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+                frames = getattr(image, "n_frames", 1)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+    except Exception as error:  # Pillow's decoders raise many kinds: each means that this file cannot be read
+        return [f"{name}: cannot be read as a picture ({_reason(error)})"]
+    if width * height > MAX_PIXELS:
+        return [f"{name}: is {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller"]
+    if min(width, height) < MIN_SIDE:
+        return [f"{name}: is only {width}×{height} pixels; a picture needs at least {MIN_SIDE} on its shorter side"]
+    if frames > 1:
+        return [f"{name}: is animated ({frames} frames); save the frame you mean as a picture"]
+    return []
+
+
+def _caption(folder: Path, image: Path, files: list[Path], default: str | None, found: list[str]) -> str:
+    if len(files) > 1:
+        found.append(f"{', '.join(_shown(folder, f) for f in files)}: two caption files for one picture: remove one")
+        return ""
+    if not files:
+        return default if default is not None else " ".join(image.stem.replace("_", " ").replace("-", " ").split())
+    name = _shown(folder, files[0])
+    try:
+        text = files[0].read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found.append(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8")
+        return ""
+    except OSError as error:
+        found.append(f"{name}: cannot be read ({_reason(error)})")
+        return ""
+    caption = " ".join(text.split())
+    if not caption:
+        found.append(f"{name}: is an empty caption; write one, or remove the file to use the picture's name")
+    elif "\x00" in caption:
+        found.append(f"{name}: holds NUL characters; is it a text file saved as UTF-8?")
+    return caption
+
+
+def _reason(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0] if "cannot identify" not in text else "not a picture, or damaged"
+
+
+def _key(folder: Path, path: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _shown(folder: Path, path: Path) -> str:
+    """A name safe to print in one line, whatever characters it holds."""
+    name = (folder / _key(folder, path)).as_posix()
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)

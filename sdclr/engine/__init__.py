@@ -1,0 +1,1 @@
+"""What a run is made of: plan, parts, loop, validation, checkpoints."""

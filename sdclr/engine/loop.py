@@ -1,0 +1,116 @@
+"""The only loop that trains: `range-test` and `train` iterate the same generator of optimizer steps.
+
+It knows no model and no schedule class: it is handed `loss_fn(micro_batch)`, `lr_at(step)` and `batches(step)`, and yields what each
+step did; the command decides what to do with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from sdclr.errors import DivergenceError
+
+
+@dataclasses.dataclass
+class TrainState:
+    """What training changes: weights, optimizer state, the number of steps done and the exposure they collected."""
+
+    modules: dict[str, torch.nn.Module]
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    exposure: float = 0.0
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """Everything that is trained, in the optimizer's order."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: its number (1 for the first), the rate it used, mean loss of its samples, gradient norm before clipping."""
+
+    step: int
+    lr: float
+    loss: float
+    grad_norm: float
+    exposure: float
+
+
+def optimizer_steps(
+    state: TrainState,
+    batches: Callable[[int], Sequence[Any]],
+    loss_fn: Callable[[Any], torch.Tensor],
+    lr_at: Callable[[int], float],
+    until: int,
+    accelerator: Accelerator,
+    max_grad_norm: float | None = None,
+) -> Iterator[StepResult]:
+    """Train from `state.step` to `until`, one StepResult a step.
+
+    `loss_fn(micro_batch)` returns the mean loss of a micro-batch; a step averages over its micro-batches and over processes.
+    Raises DivergenceError, before the update, when a loss or gradient is not finite: weights and optimizer stay as they were.
+    """
+    modules = list(state.modules.values())
+    while state.step < until:
+        lr = lr_at(state.step)
+        assign_lr(state.optimizer, lr)
+        micro_batches = batches(state.step)
+        total = torch.zeros((), device=accelerator.device)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            with _gradients_synced(accelerator, modules, number == len(micro_batches)):
+                loss = loss_fn(micro_batch) / len(micro_batches)
+                accelerator.backward(loss)
+            total += loss.detach()
+        loss_value = float(accelerator.reduce(total, reduction="mean"))
+        grad_norm = _clip(state.parameters, max_grad_norm, accelerator)
+        _refuse_non_finite(state.step, lr, loss_value, grad_norm, accelerator)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.exposure += lr
+        yield StepResult(state.step, lr, loss_value, grad_norm, state.exposure)
+
+
+def assign_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every parameter group's rate; a group's `lr_scale` (the text encoder's) multiplies it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+class _gradients_synced:
+    """Across processes, exchange gradients only with a step's last micro-batch."""
+
+    def __init__(self, accelerator: Accelerator, modules: Sequence[torch.nn.Module], last: bool):
+        self.contexts = [] if last else [accelerator.no_sync(module) for module in modules]
+
+    def __enter__(self) -> None:
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *exc: Any) -> None:
+        for context in reversed(self.contexts):
+            context.__exit__(*exc)
+
+
+def _clip(parameters: list[torch.nn.Parameter], max_norm: float | None, accelerator: Accelerator) -> float:
+    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
+    return float(norm) if norm is not None else 0.0
+
+
+def _refuse_non_finite(step: int, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:
+    scaled = (
+        accelerator.scaler is not None
+    )  # fp16: a gradient that overflows is skipped and the scale lowered, by design
+    values = {"loss": loss} if scaled else {"loss": loss, "gradient norm": grad_norm}
+    for name, value in values.items():
+        if not torch.isfinite(torch.tensor(value)):
+            raise DivergenceError(
+                f"the {name} of step {step + 1} is {value} (learning rate {lr:.3g}); stopped before the update, the weights are those of step {step}",
+                hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
+            )

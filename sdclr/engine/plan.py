@@ -1,0 +1,305 @@
+"""What a run will do, from the config and the folder of images alone: no torch, no weights.
+
+`check` prints the plan, `train` follows it, `range-test` borrows its split and its sampling; so what is said before training is
+what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdclr.config.schema import CYCLIC, RunConfig, Span
+from sdclr.config.source import LoadedConfig
+from sdclr.data import pairs as pairs_
+from sdclr.data.batches import Batches
+from sdclr.data.dataset import views
+from sdclr.data.pairs import Pair, Split
+from sdclr.engine.folder import RunFolder, read_json
+from sdclr.errors import ConfigError, InputError
+from sdclr.lr.exposure import steps_for
+from sdclr.lr.schedule import Group, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The images of a run, split, and how they are sampled."""
+
+    split: Split
+    batches: Batches
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.batches.steps_per_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run's length, schedule and cadence, in optimizer steps; `best_exposure` and `source` are of the range test that was used."""
+
+    schedule: Schedule
+    steps: int
+    validate_every: int
+    save_every: int | None
+    best_exposure: float | None
+    source: Path | None
+
+    @property
+    def exposure(self) -> float:
+        return float(self.schedule.rates().sum())
+
+    @property
+    def kappa(self) -> float | None:
+        """Planned exposure in units of the best one, when a range test has measured that."""
+        return self.exposure / self.best_exposure if self.best_exposure else None
+
+
+def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: int = 0) -> Inputs:
+    """Find and split the images. Raises DataError or ConfigError with every problem, before torch is imported."""
+    config = loaded.config
+    found = pairs_.find(config.data.images, config.data.caption)
+    split = pairs_.split(found, config.validation.fraction, config.run.seed, fold)
+    problems = []
+    need = config.batch.size * processes
+    if len(split.train) < need:
+        held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
+        place = "batch.size" if not split.validation or len(found) < need else "validation.fraction"
+        problems.append(
+            loaded.problem(place, f"leaves {len(split.train)} images to train on, and a batch needs {need}{held}")
+        )
+    if config.validation.fraction > 0 and not split.validation:
+        problems.append(
+            loaded.problem(
+                "validation.fraction", f"of {len(found)} images is none; raise it, or set 0 to train without validation"
+            )
+        )
+    if problems:
+        raise ConfigError(problems)
+    _refuse_leaks(split)
+    batches = Batches(
+        seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
+        size=config.batch.size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
+        rank=rank, processes=processes,
+    )  # fmt: skip
+    return Inputs(split, batches)
+
+
+def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
+    """Resolve every `auto` and every epoch into numbers. Raises InputError when a range test is needed and none fits."""
+    config, per_epoch = loaded.config, inputs.steps_per_epoch
+    measured = find_range_test(config, inputs)
+    max_lr = config.schedule.max_lr
+    if max_lr == "auto" or config.train.steps == "auto":
+        if measured is None:
+            raise InputError(_no_range_test(config, inputs), hint=f"measure it first: sdclr range-test {loaded.source}")
+        if measured[1]["verdict"] != "conclusive":
+            raise InputError(
+                f"{measured[0]}: the newest fitting range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",
+                hint="see its reasons and remedies there, or set schedule.max_lr and train.steps yourself",
+            )
+    best = measured[1]["best_exposure"]["value"] if measured else None
+    peak = measured[1]["recommended"]["max_lr"] if measured and max_lr == "auto" else float(max_lr)
+    steps = _steps(config, per_epoch, peak, best)
+    schedule = make_schedule(config, per_epoch, steps, peak)
+    if schedule.ends_near_peak and not config.schedule.allow_peak_end:
+        raise ConfigError(
+            [loaded.problem("schedule", _peak_end(schedule))], hint="or accept it: --set schedule.allow_peak_end=true"
+        )
+    return Plan(
+        schedule=schedule,
+        steps=steps,
+        validate_every=config.validation.every.in_steps(per_epoch),
+        save_every=config.checkpoint.every.in_steps(per_epoch) if config.checkpoint.every else None,
+        best_exposure=best,
+        source=measured[0] if measured else None,
+    )
+
+
+def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr: float) -> Schedule:
+    """The config's schedule for a run of `steps` steps."""
+    s = config.schedule
+    groups = tuple(Group(g.cycles, g.scale) for g in s.groups or ())
+    cycles = s.cycles or sum(g.cycles for g in groups)
+    step_size = float(s.step_size.in_steps(steps_per_epoch)) if s.step_size else steps / (2 * cycles) if cycles else 0.0
+    warmup = s.warmup if isinstance(s.warmup, int) else 0
+    if s.policy == "everydream" and s.warmup == "auto":
+        warmup = int(step_size / 50)  # EveryDream2's default, from its lr_decay_steps
+    start = "peak" if s.policy == "everydream" else s.start
+    return Schedule(
+        s.policy,
+        max_lr,
+        steps,
+        s.base_lr,
+        step_size if s.policy in CYCLIC else 0.0,
+        start,
+        s.gamma or 1.0,
+        groups,
+        warmup,
+    )
+
+
+def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
+    """The newest range test whose fingerprint fits: this run's own first, then those of the other runs beside it."""
+    ours = fingerprint(config, inputs)
+    fitting = [(path, result) for path, result in _range_tests(config) if result.get("fingerprint") == ours]
+    return fitting[0] if fitting else None
+
+
+def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What a range test's answer depends on; a later run must agree in all of it to use the answer."""
+    split = inputs.split
+    images = hashlib.blake2b(digest_size=16)
+    for pair in sorted((*split.train, *split.validation), key=lambda p: p.key):
+        images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + _sampled(pair.path))
+    return {
+        "model": model_fingerprint(config.model.base),
+        "train": list(config.model.train),
+        "precision": config.model.precision,
+        "images": images.hexdigest(),
+        "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
+        "optimizer": config.optimizer.model_dump(mode="json"),
+        "loss": config.loss.model_dump(mode="json"),
+        "batch": inputs.batches.samples_per_step,
+    }
+
+
+def model_fingerprint(base: str) -> str:
+    """A local model by what its weight files hold (size and sampled blocks), a hub model by its id."""
+    path = Path(base)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return f"hub:{base}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}{file.stat().st_size}".encode() + _sampled(file))
+    return digest.hexdigest()
+
+
+def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> bytes:
+    """Blocks spread evenly over a file; the whole of a small one. Fine-tuning changes every tensor, so a sample tells models apart."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        if total <= blocks * size * 4:
+            return hashlib.blake2b(file.read()).digest()
+        digest = hashlib.blake2b()
+        for i in range(blocks):
+            file.seek(i * (total - size) // (blocks - 1))
+            digest.update(file.read(size))
+    return digest.digest()
+
+
+def _range_tests(config: RunConfig) -> list[tuple[Path, dict[str, Any]]]:
+    own = RunFolder(config.folder).range_test / "result.json"
+    others = [p for p in config.run.output_dir.glob("*/range-test/result.json") if p != own]
+    ordered = [own, *sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)]
+    results = []
+    for path in ordered:
+        try:
+            results.append((path, read_json(path)))
+        except InputError:
+            continue
+    return results
+
+
+def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
+    what = " and ".join(
+        name
+        for name, value in (("schedule.max_lr", config.schedule.max_lr), ("train.steps", config.train.steps))
+        if value == "auto"
+    )
+    text = f"{what}: auto needs a range test of this model, these images and this optimizer, and {config.run.output_dir} holds none that fits"
+    ours = fingerprint(config, inputs)
+    for path, result in _range_tests(config)[:3]:
+        theirs = result.get("fingerprint", {})
+        differing = [
+            f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]
+        ]
+        text += f"\n  {path}: differs in {', '.join(differing)}"
+    return text
+
+
+def _steps(config: RunConfig, per_epoch: float, peak: float, best: float | None) -> int:
+    if isinstance(config.train.steps, Span):
+        return config.train.steps.in_steps(per_epoch)
+    assert best is not None  # make_plan saw to it
+    s = config.schedule
+    cycle = 2.0 * s.step_size.in_steps(per_epoch) if s.step_size and s.policy in CYCLIC else 1.0
+    return steps_for(
+        config.train.kappa * best, lambda steps: make_schedule(config, per_epoch, steps, peak), multiple=cycle
+    )
+
+
+def _peak_end(schedule: Schedule) -> str:
+    cycles = schedule.steps / (2 * schedule.step_size)
+    whole = "a whole number of cycles" if schedule.start == "low" else "a whole number of cycles and a half"
+    return (
+        f"ends near its peak: {schedule.steps} steps are {cycles:.4g} cycles of {2 * schedule.step_size:g} that start {schedule.start}, "
+        f"and the last step would be at {schedule(schedule.steps - 1):.3g} of {schedule.max_lr:.3g}; give it {whole}"
+    )
+
+
+def _refuse_leaks(split: Split) -> None:
+    """A picture that is in both halves of the split would make validation measure memory."""
+    if not split.validation:
+        return
+    held = {_content(pair): pair for pair in split.validation}
+    same = [(pair, held[_content(pair)]) for pair in split.train if _content(pair) in held]
+    if same:
+        from sdclr.errors import DataError
+
+        raise DataError(
+            [
+                f"{a.path} and {b.path} are the same picture, one to train on and one held out: remove one"
+                for a, b in same
+            ],
+            hint="a picture in both halves makes the validation loss meaningless",
+        )
+
+
+def _content(pair: Pair) -> tuple[int, bytes]:
+    return pair.path.stat().st_size, _sampled(pair.path)
+
+
+def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple[str, str]]:
+    """The plan as (name, words) rows."""
+    split, b = inputs.split, inputs.batches
+    rows = [
+        ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
+        ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
+    ]  # fmt: skip
+    if plan is None:
+        return rows
+    s = plan.schedule
+    shape = s.policy
+    if s.step_size:
+        shape += f", {plan.steps / (2 * s.step_size):.4g} cycles of {2 * s.step_size:.4g} steps, starting {s.start}"
+    kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
+    return [
+        *rows,
+        ("steps", f"{plan.steps} ({plan.steps / b.steps_per_epoch:.4g} epochs)"),
+        ("schedule", shape),
+        ("learning rate", f"{s.base_lr:.3g} to {s.max_lr:.3g}; the last step is at {s(plan.steps - 1):.3g}"),
+        ("exposure", f"{plan.exposure:.3g}{kappa}"),
+        ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
+        ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
+    ]
+
+
+def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Every dotted key whose value differs between two dumped configs, with both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys((*before, *after)):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
+def only(values: Sequence[tuple[str, Any, Any]], prefixes: Sequence[str]) -> list[tuple[str, Any, Any]]:
+    """Those changes whose key starts with one of the prefixes."""
+    return [value for value in values if value[0].startswith(tuple(prefixes))]

@@ -1,0 +1,242 @@
+"""Everything a run needs, built from its config: device, model, cached latents and captions, losses, optimizers.
+
+The only module that knows all the parts. Commands ask it for a fresh state, a loss, a validation; none of these depends on
+another having been asked before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from sdclr.config.schema import RunConfig
+from sdclr.data.batches import Sample
+from sdclr.data.cache import TensorCache, content_hash, key_of, weights_hash
+from sdclr.data.dataset import View, pixels, views
+from sdclr.data.pairs import Pair
+from sdclr.engine.loop import TrainState
+from sdclr.engine.plan import Inputs
+from sdclr.engine.validation import Draws, evaluate, fixed_draws
+from sdclr.errors import DataError
+from sdclr.model import components
+from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
+from sdclr.seeding import generator
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}
+
+
+@dataclasses.dataclass
+class Encoded:
+    """Pictures and captions as the UNet sees them: latents' mean and spread (images, views, 4, h, w), token ids (images, tokens)
+    and, where the text encoder is frozen, its hidden states (images, tokens, width)."""
+
+    pairs: tuple[Pair, ...]
+    mean: torch.Tensor
+    std: torch.Tensor
+    tokens: torch.Tensor
+    context: torch.Tensor | None
+
+
+class Run:
+    """One run's parts, ready to train; weights are the untouched base's until a state is trained."""
+
+    def __init__(
+        self, config: RunConfig, inputs: Inputs, progress: Callable[[str, int], Callable[[], None]] | None = None
+    ):
+        self.config, self.inputs = config, inputs
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.parts = components.load(config.model)
+        self.seed = config.run.seed
+        encoder = _Encoder(config, self.parts, self.device, progress or (lambda what, total: lambda: None))
+        self.train = encoder.encode(inputs.split.train, views(config.data.crop, config.data.crops, config.data.flip))
+        held = inputs.split.validation
+        self.held_out = encoder.encode(held, [View()]) if held else None
+        # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
+        self.stabilised = encoder.encode(inputs.split.train[: len(held)], [View()]) if held else None
+        self.empty_tokens = components.tokenize(self.parts, [""])
+        self.empty_context = None if encoder.trains_text else encoder.contexts([""])
+        self.parts.vae.to("cpu")
+        components.prepare_for_training(self.parts, config.model, self.device)
+        self.modules = self.parts.trainable(config.model.train)
+        self._base = {
+            name: {k: v.detach().clone() for k, v in m.state_dict().items()} for name, m in self.modules.items()
+        }
+        prepared = self.accelerator.prepare(*self.modules.values())
+        self.wrapped = dict(zip(self.modules, prepared if len(self.modules) > 1 else [prepared], strict=True))
+        if "text_encoder" not in self.modules:
+            self.parts.text_encoder.to("cpu")
+
+    # Training ---------------------------------------------------------------------------------------------------------------
+
+    def fresh_state(self) -> TrainState:
+        """The untouched base weights and a new optimizer."""
+        for name, module in self.modules.items():
+            module.load_state_dict(self._base[name])
+        return TrainState(self.wrapped, self._new_optimizer())
+
+    def loss(self, samples: Sequence[Sample]) -> torch.Tensor:
+        """Mean training loss of some samples; every draw derives from the seed and the sample's position."""
+        config, shape = self.config, self.train.mean.shape[2:]
+        steps = self.parts.noise_scheduler.config.num_train_timesteps
+        index = torch.tensor([s.index for s in samples])
+        view = torch.tensor([s.view for s in samples])
+        generators = [generator(self.seed, "sample", s.position) for s in samples]
+        timesteps = torch.cat([torch.randint(steps, (1,), generator=g) for g in generators])
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        spread = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        if config.loss.noise_offset:
+            shift = torch.stack([torch.randn((shape[0], 1, 1), generator=g) for g in generators])
+            noise = offset_noise(noise, shift, config.loss.noise_offset)
+        latents = self.train.mean[index, view] + self.train.std[index, view] * spread
+        dropped = torch.tensor([s.drop_caption for s in samples])
+        latents, noise, timesteps = (x.to(self.device) for x in (latents, noise, timesteps))
+        per_sample = self._denoise(
+            self.wrapped["unet"], latents, noise, timesteps, self._context(self.train, index, dropped)
+        )
+        if config.loss.min_snr_gamma:
+            per_sample = per_sample * min_snr_weights(self.parts.noise_scheduler, timesteps, config.loss.min_snr_gamma)
+        return per_sample.mean()
+
+    # Validation -------------------------------------------------------------------------------------------------------------
+
+    def draws(self, encoded: Encoded, per_image: int | None = None) -> Draws:
+        """The fixed draws of some encoded pictures."""
+        keys = [pair.key for pair in encoded.pairs]
+        total = self.parts.noise_scheduler.config.num_train_timesteps
+        return fixed_draws(
+            keys, per_image or self.config.validation.timesteps_per_image, encoded.mean.shape[2:], total, self.seed
+        )
+
+    def losses(self, encoded: Encoded, draws: Draws) -> np.ndarray:
+        """Plain mean squared error of every draw with the current weights, (images, K)."""
+
+        def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            index = torch.tensor(images)
+            latents, noise, timesteps = (x.to(self.device) for x in (encoded.mean[index, 0], noise, timesteps))
+            context = self._context(encoded, index, torch.zeros(len(images), dtype=torch.bool))
+            return self._denoise(self.modules["unet"], latents, noise, timesteps, context)
+
+        return evaluate(list(self.modules.values()), losses_of, draws, self.validation_batch, self.accelerator)
+
+    @property
+    def validation_batch(self) -> int:
+        """Draws in one validation forward: no gradients are kept, so several training batches fit."""
+        return max(8, 4 * self.config.batch.size)
+
+    # Parts ------------------------------------------------------------------------------------------------------------------
+
+    def _denoise(self, unet: torch.nn.Module, latents, noise, timesteps, context) -> torch.Tensor:
+        with self.accelerator.autocast():
+            prediction, target = predict(unet, self.parts.noise_scheduler, latents, noise, timesteps, context)
+        return squared_error(prediction, target)
+
+    def _context(self, encoded: Encoded, index: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        if encoded.context is not None:
+            assert self.empty_context is not None
+            return torch.where(dropped[:, None, None], self.empty_context, encoded.context[index]).to(self.device)
+        tokens = torch.where(dropped[:, None], self.empty_tokens, encoded.tokens[index]).to(self.device)
+        text_encoder = self.wrapped["text_encoder"] if torch.is_grad_enabled() else self.modules["text_encoder"]
+        with self.accelerator.autocast():
+            return text_encoder(tokens)[0]
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        c = self.config.optimizer
+        groups = [{"params": list(self.modules["unet"].parameters()), "lr_scale": 1.0}]
+        if "text_encoder" in self.modules:
+            groups.append({"params": list(self.modules["text_encoder"].parameters()), "lr_scale": c.text_encoder_scale})
+        settings: dict[str, dict[str, Any]] = {
+            "adamw": {"betas": c.betas, "eps": c.eps, "fused": True},
+            "adafactor": {},
+            "sgd": {"momentum": c.momentum, "fused": True},
+        }
+        optimizer = OPTIMIZERS[c.name](groups, lr=1e-3, weight_decay=c.weight_decay, **settings[c.name])
+        self.accelerator._optimizers.clear()  # one optimizer at a time: an arm's must not be unscaled with the next one's
+        return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler is not None else optimizer
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """accelerate's device and processes, in the config's precision."""
+    from accelerate.state import PartialState
+
+    device = PartialState().device
+    return Accelerator(mixed_precision=components.mixed_precision(config.model.precision, device))
+
+
+class _Encoder:
+    """Run the frozen encoders once for each picture, view and caption, through the cache on disk."""
+
+    def __init__(self, config: RunConfig, parts: components.Components, device: torch.device, progress):
+        self.config, self.parts, self.device, self.progress = config, parts, device, progress
+        self.trains_text = "text_encoder" in config.model.train
+        self.cache = TensorCache(config.run.output_dir / ".cache")
+        self.vae_hash = weights_hash(parts.vae.named_parameters())
+        self.text_hash = weights_hash(parts.text_encoder.named_parameters())
+
+    def encode(self, pairs: tuple[Pair, ...], seen: list[View]) -> Encoded:
+        """All views of all pairs. Raises DataError naming every picture that cannot be decoded."""
+        latents = self._latents(pairs, seen)
+        shape = (len(pairs), len(seen), *latents[0]["mean"].shape)
+        return Encoded(
+            pairs=pairs,
+            mean=torch.stack([entry["mean"] for entry in latents]).reshape(shape),
+            std=torch.stack([entry["std"] for entry in latents]).reshape(shape),
+            tokens=components.tokenize(self.parts, [pair.caption for pair in pairs]),
+            context=None if self.trains_text else self.contexts([pair.caption for pair in pairs]),
+        )
+
+    def _latents(self, pairs: tuple[Pair, ...], seen: list[View]) -> list[dict[str, torch.Tensor]]:
+        c, found, entries = self.config, [], []
+        advance = self.progress("encoding pictures", len(pairs) * len(seen))
+        self.parts.vae.to(self.device)
+        for pair in pairs:
+            content = content_hash(pair.path)
+            for view in seen:
+                place = (c.run.seed, pair.key) if view.crop else ()
+                key = key_of("latents", content, c.data.resolution, view.name, *place, self.vae_hash)
+                entry = self.cache.get(key)
+                if entry is None:
+                    try:
+                        picture = torch.from_numpy(pixels(pair, c.data.resolution, view, c.run.seed))[None].to(
+                            self.device
+                        )
+                    except (
+                        Exception
+                    ) as error:  # Pillow's decoders raise many kinds; each means that this file is broken
+                        found.append(
+                            f"{pair.path}: cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                        )
+                        break
+                    mean, std = components.encode_pixels(self.parts.vae, picture)
+                    entry = {"mean": mean[0].cpu(), "std": std[0].cpu()}
+                    self.cache.put(key, entry)
+                entries.append(entry)
+                advance()
+        if found:
+            raise DataError(
+                found, hint=f"{len(found)} picture(s) are damaged: save them again or remove them; nothing was trained"
+            )
+        return entries
+
+    @torch.no_grad()
+    def contexts(self, captions: list[str]) -> torch.Tensor:
+        """Hidden states of captions, (captions, tokens, width)."""
+        self.parts.text_encoder.to(self.device)
+        found = []
+        for caption in captions:
+            key = key_of("text", caption, self.text_hash, self.parts.tokenizer.model_max_length)
+            entry = self.cache.get(key)
+            if entry is None:
+                entry = {
+                    "context": self.parts.text_encoder(components.tokenize(self.parts, [caption]).to(self.device))[0][
+                        0
+                    ].cpu()
+                }
+                self.cache.put(key, entry)
+            found.append(entry["context"])
+        return torch.stack(found)

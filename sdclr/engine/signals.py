@@ -1,0 +1,37 @@
+"""Ctrl-C and SIGTERM as a request to stop after the current step; a second one stops at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+from sdclr.errors import Interrupted
+
+
+class StopRequest:
+    """While the block runs, the first SIGINT or SIGTERM only sets `requested`; the second raises KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.requested: int = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def interrupted(self, message: str, hint: str | None = None) -> Interrupted:
+        """The error that ends the program with 128 + the signal's number."""
+        return Interrupted(message, self.requested, hint)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = number

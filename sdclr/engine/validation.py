@@ -1,0 +1,79 @@
+"""The held-out loss, measured so that two states of a model can be told apart (research: paired, stratified, fixed draws).
+
+Every image has K fixed draws: timestep k is uniform in the k-th of K equal strata, its noise is its own. Both depend on the seed
+and the image alone, so adding an image changes no other's draws, and one model measured twice gives the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from sdclr.seeding import generator, numpy_rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws:
+    """Fixed draws for some images: `index` of the image, `timesteps` and `noise`, ordered image by image; K per image."""
+
+    keys: tuple[str, ...]
+    per_image: int
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def image_of(self, draw: int) -> int:
+        """Index of the image that a draw belongs to."""
+        return draw // self.per_image
+
+
+def fixed_draws(keys: Sequence[str], per_image: int, latent_shape: Sequence[int], timesteps: int, seed: int) -> Draws:
+    """K stratified draws for each image: t_k = ⌊T·(k + u)/K⌋, ε ~ N(0, I)."""
+    t, noise = [], []
+    for key in keys:
+        u = numpy_rng(seed, "validation timestep", key).random(per_image)
+        t += [int(timesteps * (k + u[k]) / per_image) for k in range(per_image)]
+        noise.append(torch.randn((per_image, *latent_shape), generator=generator(seed, "validation noise", key)))
+    return Draws(tuple(keys), per_image, torch.tensor(t), torch.cat(noise) if noise else torch.empty(0, *latent_shape))
+
+
+def evaluate(
+    modules: Sequence[torch.nn.Module],
+    losses_of: Callable[[list[int], torch.Tensor, torch.Tensor], torch.Tensor],
+    draws: Draws,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> np.ndarray:
+    """The loss of every draw, float64 (images, K).
+
+    `losses_of(image_indices, timesteps, noise)` returns one loss per draw; it is called in evaluation mode, without gradients, and
+    consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company.
+    """
+    own = range(accelerator.process_index, -(-len(draws) // batch_size), accelerator.num_processes)
+    values = torch.zeros(len(draws), dtype=torch.float64, device=accelerator.device)
+    with evaluation_mode(modules), torch.inference_mode():
+        for number in own:
+            part = slice(number * batch_size, (number + 1) * batch_size)
+            images = [draws.image_of(i) for i in range(len(draws))[part]]
+            values[part] = losses_of(images, draws.timesteps[part], draws.noise[part]).double()
+    return accelerator.reduce(values, reduction="sum").cpu().numpy().reshape(-1, draws.per_image)
+
+
+@contextmanager
+def evaluation_mode(modules: Sequence[torch.nn.Module]):
+    """`.eval()` for the time of the block, then each module as it was."""
+    before = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for module, training in zip(modules, before, strict=True):
+            module.train(training)

@@ -1,0 +1,1 @@
+"""Learning rates as numbers: schedules, exposure, bounds. No torch."""

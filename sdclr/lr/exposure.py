@@ -1,0 +1,50 @@
+"""Exposure S = Σ lr: the clock of few-image fine-tuning.
+
+With Adam on few images validation loss is a function of S and, up to a ceiling, not of the learning rate; so lengths are planned
+and runs compared in S, and κ = S/S* says where on the way from faithful to "fried" a run stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sdclr.lr.schedule import Schedule
+
+
+def exposure(rates: np.ndarray) -> np.ndarray:
+    """S after each step, shape (steps,)."""
+    return np.cumsum(np.asarray(rates, dtype=float))
+
+
+def implied_by_linear_ramp(lr_at_minimum: float, slope: float) -> float:
+    """S* that a linear ramp's minimum stands for: S = lr²/(2·slope), slope = lr per step."""
+    return lr_at_minimum**2 / (2 * slope)
+
+
+def implied_by_exponential_ramp(lr_at_minimum: float, factor: float) -> float:
+    """S* that an exponential ramp's minimum stands for: the geometric sum lr/(1 − 1/factor), factor = lr's growth a step."""
+    return lr_at_minimum / (1 - 1 / factor)
+
+
+def steps_for(target: float, plan: Callable[[int], Schedule], multiple: float = 1.0) -> int:
+    """The number of steps after which `plan(steps)` has collected the exposure `target`.
+
+    `plan` builds the schedule of a run of that many steps; the answer is rounded to a whole multiple of `multiple` steps
+    (a cycle, so that the run ends at a trough). Exposure grows with the steps, so bisection finds it.
+    """
+    low, high = 1, 2
+
+    def collected(units: int) -> float:
+        return float(plan(max(1, round(units * multiple))).rates().sum())
+
+    while collected(high) < target:
+        low, high = high, high * 2
+        if high * multiple > 5_000_000:
+            raise OverflowError(f"more than {high * multiple:,.0f} steps are needed for an exposure of {target:.3g}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if collected(middle) < target else (low, middle)
+    nearest = min((low, high), key=lambda units: abs(np.log(max(collected(units), 1e-300) / target)))
+    return max(1, round(nearest * multiple))

@@ -1,0 +1,1 @@
+"""Stable Diffusion's parts, and the denoising loss."""

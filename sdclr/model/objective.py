@@ -1,0 +1,52 @@
+"""The denoising loss of Stable Diffusion: noise a latent at a timestep, ask the UNet for the noise (ε) or the velocity (v)."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+
+def predict(
+    unet: torch.nn.Module,
+    noise_scheduler: DDPMScheduler,
+    latents: torch.Tensor,
+    noise: torch.Tensor,
+    timesteps: torch.Tensor,
+    context: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The UNet's prediction and what it should have been, both (batch, 4, h, w).
+
+    `context` are the text encoder's hidden states, (batch, tokens, width). Raises ValueError for a prediction_type that is neither
+    epsilon (Ho 2020, eq. 14) nor v_prediction (Salimans 2022, section 4).
+    """
+    noisy = noise_scheduler.add_noise(latents, noise, timesteps)
+    kind = noise_scheduler.config.prediction_type
+    if kind == "epsilon":
+        target = noise
+    elif kind == "v_prediction":
+        target = noise_scheduler.get_velocity(latents, noise, timesteps)
+    else:
+        raise ValueError(f"the model's scheduler predicts {kind!r}; sdclr trains epsilon and v_prediction models")
+    return unet(noisy, timesteps, encoder_hidden_states=context, return_dict=False)[0], target
+
+
+def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample, in fp32, shape (batch,)."""
+    return (prediction.float() - target.float()).square().mean(dim=tuple(range(1, target.ndim)))
+
+
+def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:
+    """min(SNR, γ)/SNR for ε, min(SNR, γ)/(SNR + 1) for v (Hang 2023, arXiv 2303.09556, section 3.4); shape (batch,)."""
+    snr = compute_snr(noise_scheduler, timesteps)
+    clamped = snr.clamp(max=gamma)
+    return (
+        clamped / (snr + 1)
+        if noise_scheduler.config.prediction_type == "v_prediction"
+        else clamped / snr.clamp(min=1e-8)
+    )
+
+
+def offset_noise(noise: torch.Tensor, shift: torch.Tensor, strength: float) -> torch.Tensor:
+    """Noise plus a constant per channel: `shift` is standard normal, (batch, 4, 1, 1) (Guttenberg 2023, "Diffusion with offset noise")."""
+    return noise + strength * shift if strength else noise

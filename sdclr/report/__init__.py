@@ -1,0 +1,1 @@
+"""What people look at: console, metrics, figures, pages."""

@@ -1,0 +1,237 @@
+"""Pictures: every figure is a function from numbers to PNG bytes. Colours are safe for the colour-blind; no figure needs a screen."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+INK, MUTED, GRID = "#1b1f24", "#667085", "#e4e7ec"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+"""Okabe & Ito's colours, told apart by every kind of colour vision."""
+STYLE = {
+    "font.size": 11, "axes.edgecolor": MUTED, "axes.labelcolor": INK, "text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "axes.titlesize": 12,
+    "axes.titleweight": "bold", "axes.titlelocation": "left", "figure.dpi": 110, "legend.frameon": False, "axes.axisbelow": True,
+}  # fmt: skip
+
+
+def range_test(
+    base: float, curves: Sequence[tuple[float, np.ndarray, np.ndarray]], result: dict[str, Any], tolerance: float
+) -> bytes:
+    """The signature figure: loss against exposure, one line a rate (lr, exposure (points,), losses (points, images)); excess against rate."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 5.0), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
+        _exposure_panel(left, base, curves, result)
+        _excess_panel(right, result, tolerance)
+        return _png(figure)
+
+
+def _exposure_panel(
+    axes: Any, base: float, curves: Sequence[tuple[float, np.ndarray, np.ndarray]], result: dict[str, Any]
+) -> None:
+    curves = sorted(curves, key=lambda c: c[0])
+    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
+    reference = (result.get("reference") or {}).get("lr")
+    for (lr, exposure, losses), shade in zip(curves, shades, strict=True):
+        means = losses.mean(axis=1) / base
+        is_reference = lr == reference and len(means) > 8
+        axes.plot(
+            exposure, means, color=shade, lw=2.6 if is_reference else 1.6, marker="o", ms=3.2, zorder=3,
+            label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),
+        )  # fmt: skip
+    axes.axhline(1, color=MUTED, lw=1, ls=":")
+    lows = [float((losses.mean(axis=1) / base).min()) for _, _, losses in curves]
+    axes.set_ylim(min(lows) - 0.06 * (1 - min(lows)), 1 + max(0.05, 0.35 * (1 - min(lows))))
+    axes.text(0.01, 1, " untouched base", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED, fontsize=9.5)
+    best = result.get("best_exposure")
+    if best:
+        axes.axvspan(*best["interval"], color=PALETTE[4], alpha=0.22, lw=0)
+        axes.axvline(best["value"], color=PALETTE[4], lw=1.6)
+        axes.annotate(
+            f"S* = {best['value']:.2g}", (best["value"], 0.02), xycoords=("data", "axes fraction"), xytext=(5, 0),
+            textcoords="offset points", color="#8a5a00", fontsize=10.5, fontweight="bold",
+        )  # fmt: skip
+    axes.set(
+        xscale="log",
+        xlabel="exposure S = Σ learning rate",
+        ylabel="held-out loss / untouched base",
+        title="Below the ceiling, every rate walks the same curve",
+    )
+    axes.legend(
+        title="learning rate",
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        fontsize=9.5,
+        title_fontsize=9.5,
+        alignment="left",
+    )
+
+
+def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
+    arms = [a for a in result["arms"] if a["excess"] is not None]
+    looks = {"admissible": (PALETTE[2], "o"), "undetermined": (PALETTE[4], "D"), "inadmissible": (PALETTE[1], "s")}
+    clip = max(0.5, 4 * tolerance)
+    for verdict, (colour, marker) in looks.items():
+        some = [a for a in arms if a["verdict"] == verdict]
+        if some:
+            lrs, values = [a["lr"] for a in some], np.clip([a["excess"] for a in some], -clip, clip)
+            ends = np.array(
+                [
+                    [
+                        max(-clip, a["low"] or -clip) if a["low"] is not None else -clip,
+                        min(clip, a["high"]) if a["high"] is not None else clip,
+                    ]
+                    for a in some
+                ]
+            )
+            axes.vlines(lrs, ends[:, 0], ends[:, 1], color=colour, lw=1.6, alpha=0.7)
+            axes.plot(lrs, values, marker, color=colour, ms=8, label=verdict, zorder=3)
+    axes.axhline(tolerance, color=MUTED, lw=1.2, ls="--", label=f"tolerance {tolerance:.0%}")
+    axes.axhline(0, color=MUTED, lw=1)
+    ceiling = result.get("ceiling")
+    title = "Excess over the slow curve at equal exposure"
+    if ceiling:
+        axes.axvspan(*ceiling["bracket"], color=PALETTE[0], alpha=0.14, lw=0, label="bracket")
+        axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.2g}")
+    axes.set(
+        xscale="log",
+        ylim=(-clip * 0.55, clip * 1.06),
+        xlabel="learning rate",
+        ylabel="excess, share of the gain",
+        title=title,
+    )
+    axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
+    axes.legend(loc="upper left", fontsize=9.5)
+
+
+def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = ()) -> bytes:
+    """A run's curves: learning rate, losses, gap; `marks` are steps whose state was kept."""
+    steps = [r for r in records if r["kind"] == "step"]
+    checks = [r for r in records if r["kind"] == "validation"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 6.4), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(1, 2.2))
+        top.plot([r["step"] for r in steps], [r["lr"] for r in steps], color=PALETTE[0], lw=1.8)
+        top.set(ylabel="learning rate", title=title)
+        top.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        x = [r["step"] for r in checks]
+        if checks:
+            bottom.plot(x, [r["loss"] for r in checks], color=PALETTE[1], lw=2.2, label="held-out images")
+            bottom.plot(
+                x,
+                [r["train_loss"] for r in checks],
+                color=PALETTE[2],
+                lw=1.8,
+                ls="--",
+                label="training images, same draws",
+            )
+            low = min(checks, key=lambda r: r["loss"])
+            bottom.plot(low["step"], low["loss"], "v", color=PALETTE[1], ms=10, label=f"lowest: step {low['step']}")
+        else:
+            losses = np.array([r["loss"] for r in steps])
+            width = max(1, len(losses) // 20)
+            smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+            bottom.plot(
+                [r["step"] for r in steps][width - 1 :],
+                smooth,
+                color=PALETTE[2],
+                lw=1.8,
+                label=f"training loss, mean of {width} steps",
+            )
+        for mark in marks:
+            bottom.axvline(mark, color=MUTED, lw=0.8, ls=":", label="kept state" if mark == marks[0] else None)
+        bottom.set(xlabel="optimizer step", ylabel="loss")
+        bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=10)
+        return _png(figure)
+
+
+def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
+    """Several runs laid over one another: rate, held-out loss and gap, against step (left) and exposure (right)."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 9.2), layout="constrained")
+        panels = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(1, 1.8, 1.2))
+        for number, (name, records) in enumerate(runs):
+            look = {
+                "color": PALETTE[number % len(PALETTE)],
+                "ls": ("-", "--", ":", "-.")[number // len(PALETTE) % 4],
+                "lw": 1.8,
+            }
+            steps = [r for r in records if r["kind"] == "step"]
+            checks = [r for r in records if r["kind"] == "validation"]
+            for column, axis in enumerate(("step", "exposure")):
+                panels[0, column].plot([r[axis] for r in steps], [r["lr"] for r in steps], label=name, **look)
+                panels[1, column].plot([r[axis] for r in checks], [r["loss"] for r in checks], **look)
+                panels[2, column].plot([r[axis] for r in checks], [r["loss"] - r["train_loss"] for r in checks], **look)
+        for column, axis in enumerate(("optimizer step", "exposure S = Σ learning rate")):
+            panels[2, column].set_xlabel(axis)
+        for row, label in enumerate(("learning rate", "held-out loss", "gap to training images")):
+            panels[row, 0].set_ylabel(label)
+        panels[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        panels[0, 0].set_title("against step"), panels[0, 1].set_title("against exposure")
+        handles, labels = panels[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        return _png(figure)
+
+
+def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
+    """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
+    side = max(128, min(320, cells[0][0].width))
+    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    gap, left = 8, 190
+    heads = [_wrapped(text, font, side) for text in columns]
+    names = [_wrapped(text, small, left - 2 * gap) for text in rows]
+    head_height = max(len(lines) for lines in heads) * 19 + 2 * gap
+    height = [max(side, len(lines) * 17 + gap) for lines in names]
+    canvas = Image.new("RGB", (left + len(columns) * (side + gap), head_height + sum(h + gap for h in height)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for c, lines in enumerate(heads):
+        for i, line in enumerate(lines):
+            pen.text((left + c * (side + gap), gap + 19 * i), line, INK, font)
+    y = head_height
+    for r, lines in enumerate(names):
+        for i, line in enumerate(lines):
+            pen.text((gap, y + 17 * i), line, INK, small)
+        for c, picture in enumerate(cells[r]):
+            resample = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
+            canvas.paste(picture.resize((side, side), resample), (left + c * (side + gap), y))
+        y += height[r] + gap
+    return canvas
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """Lines no wider than `width` pixels, broken between words where that is possible."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in [piece for whole in paragraph.split() for piece in _pieces(whole, font, width)]:
+            longer = f"{line} {word}".strip()
+            if line and font.getlength(longer) > width:
+                lines.append(line)
+                line = word
+            else:
+                line = longer
+        lines.append(line)
+    return lines
+
+
+def _pieces(word: str, font: Any, width: int) -> list[str]:
+    pieces = [""]
+    for letter in word:
+        if font.getlength(pieces[-1] + letter) > width:
+            pieces.append("")
+        pieces[-1] += letter
+    return pieces
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

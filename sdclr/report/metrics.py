@@ -1,0 +1,91 @@
+"""The run's numbers: one JSON object a line, the source of every curve; the same as CSV, and as TensorBoard files when asked for.
+
+No clock is in it: the lines of a run that was interrupted and resumed are, byte for byte, those of one that was not.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+HEADER = {
+    "schema": SCHEMA,
+    "kind": "header",
+    "columns": "kind: step (every optimizer step) or validation (every measurement)",
+}
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished."""
+
+    def __init__(self, path: Path, upto_step: int | None = None, tensorboard: Path | None = None):
+        self.path = path
+        kept = [r for r in read(path) if r["step"] <= upto_step] if upto_step is not None else []
+        partial = path.with_name(f".{path.name}.partial")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text("".join(map(_line, [HEADER, *kept])))
+        partial.replace(path)
+        self.file = path.open("a")
+        self.board = _tensorboard(tensorboard) if tensorboard else None
+
+    def add(self, kind: str, step: int, **values: Any) -> None:
+        """One record; `step` is the number of optimizer steps done."""
+        self.file.write(_line({"kind": kind, "step": step, **values}))
+        self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.board(f"{kind}/{name}", value, step)
+
+    def sync(self) -> None:
+        """Make everything written so far survive a power cut."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Finish the file."""
+        self.file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All whole records of a metrics file, without its header; [] when there is none."""
+    return list(_records(path)) if path.is_file() else []
+
+
+def as_csv(records: list[dict[str, Any]]) -> str:
+    """The scalar columns of all records, one row a record."""
+    columns = list(
+        dict.fromkeys(key for r in records for key, value in r.items() if not isinstance(value, (list, dict)))
+    )
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def _records(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open() as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                return  # the line the run died in; nothing follows it
+            if isinstance(record, dict) and record.get("kind") in ("step", "validation"):
+                yield record
+
+
+def _tensorboard(folder: Path) -> Callable[[str, float, int], Any]:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder)).add_scalar

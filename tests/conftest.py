@@ -1,0 +1,54 @@
+"""What tests share: a tiny model and pictures (made once), a config for them, and the program as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+ROOT = Path(__file__).parent.parent
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder of a few thousand random weights."""
+    from tiny import make_model
+
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten captioned pictures."""
+    from tiny import make_pictures
+
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "discs")
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path, pictures: Path) -> Callable[..., Path]:
+    """Writes a config into the test's folder: config("train: {steps: 4}", name="other.yaml")."""
+    from tiny import write_config
+
+    def write(extra: str = "", name: str = "run.yaml") -> Path:
+        return write_config(tmp_path / name, model, pictures, tmp_path / "runs", extra)
+
+    return write
+
+
+@pytest.fixture
+def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the program in a process of its own: sdclr("check", path) -> completed process with its output."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sdclr", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)  # type: ignore[call-overload]
+
+    return run
