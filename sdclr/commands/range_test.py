@@ -217,7 +217,7 @@ class Bench:
 
     def _load(self, name: str) -> Measured | None:
         try:
-            stored = read_json(self._path(name))
+            stored = read_json(self._path(name), sealed=True)
         except InputError:
             return None
         if stored.get("key") != self.key:
