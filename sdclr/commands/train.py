@@ -182,7 +182,7 @@ class Session:
         discard_after(self.folder.checkpoints, self.state.step)
         self.log = self._open_log(self.state.step)
         self._warn_of_missing_metrics()
-        self._try_to(self._save_trough)
+        self._try_to(self._settle)
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
     def _warn_of_missing_metrics(self) -> None:
@@ -218,14 +218,19 @@ class Session:
             )
 
     def _save_all(self) -> None:
-        """What a resumed run needs first (the best, the curves), then the state to resume from, then what follows from it; older ones
-        go when all is whole on disk."""
-        from sdclr.engine.checkpoint import FULL, prune
+        """What a resumed run counts on first (the best, the curves), then the state to resume from, then what follows from it."""
+        from sdclr.engine.checkpoint import FULL
 
         self._save_best()
         with storage_errors(self.folder.metrics):
             self.log.sync()
         self._save(FULL)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows from a saved step: its trough, and room made for later ones. A resumed run makes up for what was cut short here."""
+        from sdclr.engine.checkpoint import prune
+
         self._save_trough()
         prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
 
