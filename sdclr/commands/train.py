@@ -181,17 +181,12 @@ class Session:
                 console.warn(f"{'; '.join(problems)}: the best state is looked for anew from step {self.state.step} on")
         discard_after(self.folder.checkpoints, self.state.step)
         self.log = self._open_log(self.state.step)
-        self._warn_of_missing_metrics()
+        if self.log.digest != info.get("metrics"):
+            console.warn(
+                f"{self.folder.metrics}: lines before step {self.state.step} are missing or altered; curves and report are of the rest"
+            )
         self._try_to(self._settle)
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
-
-    def _warn_of_missing_metrics(self) -> None:
-        steps = {r["step"] for r in metrics.read(self.folder.metrics) if r["kind"] == "step"}
-        missing = self.state.step - len(steps)
-        if missing:
-            console.warn(
-                f"{self.folder.metrics}: {missing} of {self.state.step} steps are missing or damaged; curves and report lack them"
-            )
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
         board = self.folder.path / "tensorboard" if self.config.run.tensorboard else None
@@ -279,6 +274,7 @@ class Session:
             "kappa": exposure / best if best else None,
             "validation_loss": loss,
             "best_step": self.watch.best.step if self.watch and self.watch.best and self.watch.best_weights else None,
+            "metrics": self.log.digest,
             "watch": self.watch.state() if self.watch else None,
             "config": self.config.model_dump(mode="json"),
         }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -32,19 +33,28 @@ class MetricsLog:
     def __init__(self, path: Path, upto_step: int | None = None, tensorboard: Path | None = None):
         self.path = path
         kept = [r for r in read(path) if r["step"] <= upto_step] if upto_step is not None else []
+        text = "".join(map(_line, [HEADER, *kept])).encode()
+        self._digest = hashlib.sha256(text)
         self.waiting = b""
-        self.file = self._begin("".join(map(_line, [HEADER, *kept])).encode())
+        self.file = self._begin(text)
         self.board = _tensorboard(tensorboard, upto_step) if tensorboard else None
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One record; `step` is the number of optimizer steps done."""
-        self.waiting += _line({"kind": kind, "step": step, **values}).encode()
+        line = _line({"kind": kind, "step": step, **values}).encode()
+        self._digest.update(line)
+        self.waiting += line
         with contextlib.suppress(OSError):
             self._write()
             if self.board:
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
                         self.board(f"{kind}/{name}", value, step)
+
+    @property
+    def digest(self) -> str:
+        """Of all lines so far: a checkpoint keeps it, and a resumed run knows by it whether its curves are whole."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         """Make everything added so far survive a power cut; raises OSError. A file that has vanished is written again."""

@@ -80,7 +80,7 @@ def _be_the_child(work: Callable[[], Any], disk: Disk | None, log: Path, answer:
     real_open, real_dump = builtins.open, json.dumps
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
-    sys.stdout = sys.stderr = real_open(1, "w", buffering=1, closefd=False, errors="backslashreplace")  # noqa: SIM115
+    sys.stdout = sys.stderr = real_open(1, "w", buffering=1, closefd=False, errors="backslashreplace")
     console.console = type(console.console)(stderr=True, highlight=False, width=200)
     console.quiet = True
     result: dict[str, Any] = {"kind": "done", "code": 0}
@@ -140,8 +140,8 @@ class Disk:
 
     def _under_root(self, path: Any) -> str | None:
         if isinstance(path, int):
-            path = os.readlink(f"/proc/self/fd/{path}")
-        full = os.path.abspath(os.fspath(path))
+            path = Path(f"/proc/self/fd/{path}").readlink()
+        full = os.path.abspath(os.fspath(path))  # noqa: PTH100 (resolve would follow links)
         return os.path.relpath(full, self.root) if full.startswith(f"{self.root}/") else None
 
     @contextlib.contextmanager
@@ -156,7 +156,7 @@ class Disk:
         touch = self.touch
 
         def at(path: Any, dir_fd: int | None) -> Any:
-            return path if dir_fd is None else Path(os.readlink(f"/proc/self/fd/{dir_fd}"), os.fspath(path))
+            return path if dir_fd is None else Path(f"/proc/self/fd/{dir_fd}").readlink() / os.fspath(path)
 
         def one(name: str) -> None:
             real = getattr(os, name)
