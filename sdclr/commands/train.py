@@ -134,9 +134,6 @@ class Session:
 
     def finish(self) -> None:
         """Export the final and the best model as diffusers folders, write the CSV and the report."""
-        from sdclr.engine.checkpoint import BEST, available
-        from sdclr.model.components import load_trained
-
         records = metrics.read(self.folder.metrics)
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(
@@ -152,9 +149,10 @@ class Session:
         trained = {
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }
-        best = available(self.folder.checkpoints, (BEST,))
+        best = self.watch.best_weights if self.watch else None
+        for name, weights in (best or {}).items():
+            self.run.modules[name].load_state_dict(weights)
         if best:
-            load_trained(self.run.parts, best[-1].path, self.config.model.train)
             self._export(self.folder.best)
         for name, weights in trained.items():
             self.run.modules[name].load_state_dict(weights)
@@ -257,26 +255,29 @@ class Session:
             )
 
     def _save(self, kind: str) -> None:
-        from sdclr.engine.checkpoint import save
+        from sdclr.engine.checkpoint import FULL, save
 
         last = self.watch.last if self.watch else None
-        save(
-            self.folder.checkpoints,
-            kind,
-            self.state,
-            self.run.modules,
-            self._info(self.state.exposure, last.loss if last else None),
-        )
+        info = self._info(self.state.exposure, last.loss if last else None)
+        if kind == FULL:
+            info |= self._to_go_on_with()
+        save(self.folder.checkpoints, kind, self.state, self.run.modules, info)
 
     def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
         best = self.plan.best_exposure
         return {
             "kappa": exposure / best if best else None,
             "validation_loss": loss,
-            "best_step": self.watch.best.step if self.watch and self.watch.best and self.watch.best_weights else None,
-            "metrics": self.log.digest,
-            "watch": self.watch.state() if self.watch else None,
             "config": self.config.model_dump(mode="json"),
+        }
+
+    def _to_go_on_with(self) -> dict[str, Any]:
+        """What only a resumed run asks for: the best that must lie beside, the curves that must have come before, the watch."""
+        watch = self.watch
+        return {
+            "best_step": watch.best.step if watch and watch.best and watch.best_weights else None,
+            "metrics": self.log.digest,
+            "watch": watch.state() if watch else None,
         }
 
     def _export(self, target: Path) -> None:

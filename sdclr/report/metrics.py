@@ -79,11 +79,14 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(self.path)
+        self.whole = len(text)
         return io.FileIO(self.path, "a+")
 
     def _write(self) -> None:
         while self.waiting:
-            self.waiting = self.waiting[self.file.write(self.waiting) :]
+            self.file.truncate(self.whole)  # a write that failed may have left a part of itself
+            written = self.file.write(self.waiting)
+            self.whole, self.waiting = self.whole + written, self.waiting[written:]
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -95,6 +96,7 @@ def _be_the_child(work: Callable[[], Any], disk: Disk | None, log: Path, answer:
         result = {"kind": "error", "code": 130, "text": "interrupted"}
     except BaseException:
         result = {"kind": "traceback", "text": traceback.format_exc()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     sys.stdout.flush()
     if disk:
         result["ops"] = disk.log
