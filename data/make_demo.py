@@ -1,6 +1,6 @@
 """Make the embedded default: `tiny-sd/`, a Stable Diffusion in miniature, and `mochi/`, a subject it has never seen.
 
-    python data/make_demo.py            # about an hour on two CPU cores; continues where it was stopped
+    python data/make_demo.py            # about an hour on one CPU core; continues where it was stopped
     python data/make_demo.py --subjects # only the subject's pictures (a second)
 
 Three stages, each kept in `data/.build/` as soon as it is done: the VAE (pictures to 4×16×16 latents), the text encoder and
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", action="store_true", help="only redraw the subjects' pictures")
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=5500)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -148,7 +148,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
         + ["<|startoftext|>", "<|endoftext|>"]
     )
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=48)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32)
 
 
 def bpe_merges(tokenizer: Tokenizer) -> list:
@@ -186,9 +186,9 @@ def make_denoiser(tokenizer, captions, latents, steps):
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=128,
@@ -216,7 +216,7 @@ def make_denoiser(tokenizer, captions, latents, steps):
 
     ids, empty = tokens(captions), tokens([""])
     mean, std = latents
-    batch_size = 32
+    batch_size = 16
     running = None
     for step in track(range(first, steps), "training UNet and text encoder"):
         for group in optimizer.param_groups:

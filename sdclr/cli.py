@@ -165,6 +165,7 @@ def _exit(code: int) -> None:
 
 def _quiet(quiet: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn of torchvision, which nothing here needs
     from sdclr.report import console
 
     console.quiet = quiet

@@ -18,7 +18,10 @@ def make_model(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Write a diffusers folder: 32-pixel pictures, 8×8 latents, a 16-wide text encoder with one token a byte."""
     torch.manual_seed(0)
     letters = sorted(ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])}
+    vocab = {
+        token: i
+        for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
+    }
     tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
     end = tokenizer.eos_token_id
     text_encoder = CLIPTextModel(
@@ -76,4 +79,3 @@ def write_config(path: Path, model: Path, pictures: Path, runs: Path, extra: str
         sections[name.strip()] = value.strip()
     path.write_text("".join(f"{name}: {value}\n" for name, value in sections.items()))
     return path
-

@@ -65,7 +65,7 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
 
 
 @contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Bar]:
+def progress(what: str, total: int | None, done: int = 0) -> Iterator[Bar]:
     """A progress bar with time left and a line of numbers."""
     columns = (
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
@@ -86,10 +86,6 @@ class Bar:
         if numbers:
             self.bar.update(self.task, numbers=numbers)
         self.bar.update(self.task, advance=steps)
-
-    def total(self, total: int) -> None:
-        """The end has moved."""
-        self.bar.update(self.task, total=total)
 
 
 def curve(values: Sequence[float] | np.ndarray, width: int = 72, height: int = 6) -> str:
