@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel, compute_snr
 from portraits import distinct_portraits, draw
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", action="store_true", help="only redraw the subjects' pictures")
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--unet-steps", type=int, default=5500)
+    parser.add_argument("--unet-steps", type=int, default=3800)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -161,9 +162,14 @@ def bpe_merges(tokenizer: Tokenizer) -> list:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and spread of every picture's latents, scaled as the UNet sees them."""
-    parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
-    factor = vae.config.scaling_factor
-    return torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
+    done = BUILD / "latents.safetensors"
+    if not done.exists():
+        parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
+        factor = vae.config.scaling_factor
+        mean, std = torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
+        save_file({"mean": mean, "std": std}, done)
+    tensors = load_file(done)
+    return tensors["mean"], tensors["std"]
 
 
 def make_denoiser(tokenizer, captions, latents, steps):
@@ -199,7 +205,7 @@ def make_denoiser(tokenizer, captions, latents, steps):
         f"unet {unet.num_parameters() / 1e6:.2f} M, text encoder {text_encoder.num_parameters() / 1e6:.2f} M parameters",
         flush=True,
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = EMAModel(modules.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     first = 0
     saved = BUILD / "denoiser.pt"
