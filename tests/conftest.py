@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,29 @@ def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory: pytest.TempPathFactory, model: Path, pictures: Path) -> Any:
+    """The engine's Run of the tiny config, built once; a test that needs weights asks it for a fresh state."""
+    from tiny import write_config
+
+    from sdclr.config import source
+    from sdclr.engine.plan import read_inputs
+    from sdclr.engine.run import Run
+
+    folder = tmp_path_factory.mktemp("run")
+    loaded = source.load(write_config(folder / "run.yaml", model, pictures, folder / "runs"))
+    return Run(loaded.config, read_inputs(loaded))
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, pictures: Path) -> Path:
+    """The folder of a finished run of the tiny config (8 steps, two cycles), its config beside it as run.yaml. Not to be written to."""
+    from tiny import write_config
+
+    from sdclr.commands.train import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    train(write_config(folder / "run.yaml", model, pictures, folder / "runs"))
+    return folder / "runs" / "tiny"

@@ -118,9 +118,9 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint on disk; an empty list when every file is there, whole and unaltered."""
     path = checkpoint.path
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        expected = dict(manifest["files"])
-        if manifest["seal"] != _seal_of(expected):
+        text = (path / MANIFEST).read_text()
+        expected = dict(json.loads(text)["files"])
+        if text != _manifest(expected):
             return [f"{MANIFEST} has been altered"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{MANIFEST} is missing or damaged ({type(error).__name__})"]
@@ -217,16 +217,17 @@ def _seal(folder: Path) -> None:
             os.fsync(file.fileno())
         digests[path.relative_to(folder).as_posix()] = _sha256(path)
     with (folder / MANIFEST).open("w") as file:
-        json.dump({"schema": SCHEMA, "files": digests, "seal": _seal_of(digests)}, file, indent=1)
+        file.write(_manifest(digests))
         file.flush()
         os.fsync(file.fileno())
     for directory in {p.parent for p in files} | {folder}:
         sync_folder(directory)
 
 
-def _seal_of(digests: dict[str, str]) -> str:
-    """A digest of the digests, so that a flipped bit in the manifest itself is seen."""
-    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+def _manifest(digests: dict[str, str]) -> str:
+    """The manifest's text, with a digest of the digests, so that a flipped bit in the manifest itself is seen."""
+    seal = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"schema": SCHEMA, "files": digests, "seal": seal}, indent=1)
 
 
 def _sha256(path: Path) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdclr.errors import InputError, StorageError
+from sdclr.report.metrics import finite
 
 SCHEMA = 1
 """Version of result.json, metrics.jsonl, state.json and grid.json; changes only when their meaning does."""
@@ -83,7 +84,9 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON document with `"schema"` first, whole; numbers that are not finite become null."""
-    write_text(path, json.dumps({"schema": SCHEMA, **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(
+        path, json.dumps(finite({"schema": SCHEMA, **value}), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:

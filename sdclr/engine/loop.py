@@ -60,6 +60,9 @@ def optimizer_steps(
     while state.step < until:
         lr = lr_at(state.step)
         assign_lr(state.optimizer, lr)
+        state.optimizer.zero_grad(
+            set_to_none=True
+        )  # of a step that diverged, perhaps of another state of these weights
         micro_batches = batches(state.step)
         total = torch.zeros((), device=accelerator.device)
         for number, micro_batch in enumerate(micro_batches, 1):

@@ -115,6 +115,7 @@ def prepare_for_training(parts: Components, config: ModelSection, device: torch.
         if config.gradient_checkpointing:
             diffusers_model = isinstance(module, UNet2DConditionModel)
             (module.enable_gradient_checkpointing if diffusers_model else module.gradient_checkpointing_enable)()
+            module.train(not diffusers_model)  # transformers recomputes in training mode alone; a CLIP has no dropout
     set_attention(parts.unet, config.attention, device)
 
 
