@@ -167,7 +167,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, to
         parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
         factor = vae.config.scaling_factor
         mean, std = torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
-        save_file({"mean": mean, "std": std}, done)
+        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, done)
     tensors = load_file(done)
     return tensors["mean"], tensors["std"]
 

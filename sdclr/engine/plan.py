@@ -224,10 +224,15 @@ def _steps(config: RunConfig, per_epoch: float, peak: float, best: float | None)
     if isinstance(config.train.steps, Span):
         return config.train.steps.in_steps(per_epoch)
     assert best is not None  # make_plan saw to it
+    return steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
+
+
+def steps_to_exposure(config: RunConfig, per_epoch: float, peak: float, target: float) -> int:
+    """The length at which the config's schedule, with peaks at `peak`, has collected the exposure `target` and ends at a trough."""
     shape = make_schedule(config, per_epoch, 1, peak)
     fixed = config.schedule.step_size is not None and shape.half_cycle > 0  # else the cycles stretch with the run
     return steps_for(
-        config.train.kappa * best,
+        target,
         lambda steps: make_schedule(config, per_epoch, steps, peak),
         multiple=2 * shape.half_cycle if fixed else 1.0,
         first=shape.first_trough if fixed else None,

@@ -175,7 +175,7 @@ def test_pillows_own_limit_is_as_it_was_after_a_search(tmp_path: Path) -> None:
     before = Image.MAX_IMAGE_PIXELS
     header_only_png(tmp_path / "bomb.png", 2**31 - 1, 2**31 - 1)
     assert len(problems(tmp_path)) == 1
-    assert Image.MAX_IMAGE_PIXELS == before
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_picture_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
