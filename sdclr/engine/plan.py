@@ -100,7 +100,7 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
                 f"{measured[0]}: the newest fitting range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",
                 hint="see its reasons and remedies there, or set schedule.max_lr and train.steps yourself",
             )
-    best = measured[1]["best_exposure"]["value"] if measured else None
+    best = (measured[1]["best_exposure"] or {}).get("value") if measured else None
     peak = measured[1]["recommended"]["max_lr"] if measured and max_lr == "auto" else float(max_lr)
     steps = _steps(config, per_epoch, peak, best)
     schedule = make_schedule(config, per_epoch, steps, peak)
