@@ -190,9 +190,6 @@ def test_a_reader_that_stops_reading_ends_the_program_quietly() -> None:
     assert found.stderr == ""
 
 
-@pytest.mark.xfail(
-    reason="commands/init.py sets no space between a long value and its '#', so the comment becomes part of the value"
-)
 def test_the_config_that_init_prints_loads_again(sdclr: Program, tmp_path: Path, pictures: Path, model: Path) -> None:
     from sdclr.config.source import load
 
@@ -215,7 +212,6 @@ def test_init_writes_a_file_once_and_never_overwrites(sdclr: Program, tmp_path: 
     assert (tmp_path / "run.yaml").read_text() == before
 
 
-@pytest.mark.xfail(reason="the same; and commands/init.py takes names that run.name refuses")
 @pytest.mark.parametrize("name", ["my pictures", "-odd", "été", "[x]", "a+b@c", "...", "x" * 150])
 def test_init_makes_a_sound_config_for_a_folder_of_any_name(sdclr: Program, tmp_path: Path, name: str) -> None:
     from sdclr.config.source import load
