@@ -13,7 +13,7 @@ import yaml
 from sdclr.config import source
 from sdclr.config.schema import RunConfig, Span
 from sdclr.engine.folder import RunFolder, storage_errors, write_bytes, write_text
-from sdclr.engine.plan import Inputs, Plan, changed, describe, make_plan, read_inputs
+from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError
 from sdclr.report import console, figures, metrics, page
 
@@ -45,6 +45,7 @@ def train(
         start = _resume_point(folder, checkpoint, config_path) if resume else None
         if start:
             _refuse_other_mathematics(folder, config, plan, start.step, overrides)
+            _refuse_other_inputs(start, config, inputs)
         else:
             _refuse_to_overwrite(folder, config_path)
         write_text(folder.config, source.dump(config))
@@ -78,6 +79,7 @@ class Session:
         self.run = Run(config, inputs)
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
+        self.fingerprint = fingerprint(config, inputs)
         self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
         held_out, stabilised = self.run.held_out, self.run.stabilised
         self.watch = Watch(self.run, held_out, stabilised, config.checkpoint.best) if held_out and stabilised else None
@@ -97,7 +99,7 @@ class Session:
             self.run.inputs.batches,
             self.run.loss,
             plan.schedule,
-            plan.steps,
+            self.state.step if self._should_stop_early() else plan.steps,  # interrupted in its very last step
             self.run.accelerator,
             config.optimizer.max_grad_norm,
         )
@@ -151,7 +153,7 @@ class Session:
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }
         best = available(self.folder.checkpoints, (BEST,))
-        if best:
+        if best and _is_sound(best[-1]):
             load_trained(self.run.parts, best[-1].path, self.config.model.train)
             self._export(self.folder.best)
         for name, weights in trained.items():
@@ -173,8 +175,9 @@ class Session:
         discard_after(self.folder.checkpoints, self.state.step)
         self.log = self._open_log(self.state.step)
         if self.watch:
-            kept = available(self.folder.checkpoints, (BEST,))
-            self.watch.restore(info["watch"], read_trained(kept[-1].path, self.config.model.train) if kept else None)
+            kept = [c for c in available(self.folder.checkpoints, (BEST,)) if _is_sound(c)]
+            best = read_trained(kept[-1].path, self.config.model.train) if kept else None
+            self.watch.restore(info["watch"], best)
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
@@ -236,6 +239,7 @@ class Session:
             "kappa": exposure / best if best else None,
             "validation_loss": loss,
             "watch": self.watch.state() if self.watch else None,
+            "fingerprint": self.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -283,6 +287,11 @@ def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> C
                 f"{named}: is not a checkpoint to resume from (a folder named {FULL}-000400)",
                 hint=f"see those there are: ls {folder.checkpoints}",
             )
+        if named.resolve().parent != folder.checkpoints.resolve():
+            raise CheckpointError(
+                f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
         checkpoint = Checkpoint(named, FULL, int(number))
         problems = verify(checkpoint)
         if problems:
@@ -328,6 +337,8 @@ def _refuse_other_mathematics(
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
     same_rates = _rates_as_used(folder, step, plan)
     clashes = []
+    if plan.steps < step:
+        clashes.append(f"train.steps is {plan.steps} in the config, and {step} steps are done")
     for key, stored, given in changed(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
@@ -339,6 +350,28 @@ def _refuse_other_mathematics(
         raise CheckpointError(
             "\n".join(clashes), hint="put the stored values back, or start another run: --set run.name=..."
         )
+
+
+def _refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) -> None:
+    """The same paths may hold other pictures, captions or weights than when the run began; the order of samples hangs on them."""
+    before, now = start.info().get("fingerprint") or {}, fingerprint(config, inputs)
+    clashes = []
+    if before.get("images") != now["images"]:
+        clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
+    if before.get("model") != now["model"]:
+        clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
+    if clashes:
+        raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
+
+
+def _is_sound(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint verifies; says so when it does not, for the run goes on without it."""
+    from sdclr.engine.checkpoint import verify
+
+    problems = verify(checkpoint)
+    if problems:
+        console.warn(f"left out a damaged checkpoint: {checkpoint.path}: {'; '.join(problems)}")
+    return not problems
 
 
 def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:

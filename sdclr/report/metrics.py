@@ -10,9 +10,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sdclr.errors import InputError
 
 SCHEMA = 1
 HEADER = {
@@ -27,13 +29,13 @@ class MetricsLog:
 
     def __init__(self, path: Path, upto_step: int | None = None, tensorboard: Path | None = None):
         self.path = path
+        self.board = _tensorboard(tensorboard) if tensorboard else None
         kept = [r for r in read(path) if r["step"] <= upto_step] if upto_step is not None else []
         partial = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text("".join(map(_line, [HEADER, *kept])))
         partial.replace(path)
         self.file = path.open("a")
-        self.board = _tensorboard(tensorboard) if tensorboard else None
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One record; `step` is the number of optimizer steps done."""
@@ -42,7 +44,7 @@ class MetricsLog:
         if self.board:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self.board(f"{kind}/{name}", value, step)
+                    self.board.add_scalar(f"{kind}/{name}", value, step)
 
     def sync(self) -> None:
         """Make everything written so far survive a power cut."""
@@ -50,8 +52,10 @@ class MetricsLog:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the files."""
         self.file.close()
+        if self.board:
+            self.board.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -95,7 +99,12 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _tensorboard(folder: Path) -> Callable[[str, float, int], Any]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder)).add_scalar
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "run.tensorboard: true needs tensorboard, which is not installed",
+            hint="pip install 'sdclr[tensorboard]', or leave run.tensorboard out: metrics.csv and report.html hold the same numbers",
+        ) from None
+    return SummaryWriter(str(folder))
