@@ -6,6 +6,7 @@ re-encodes alone and a changed learning rate re-encodes nothing. Entries are saf
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
@@ -28,7 +29,7 @@ class TensorCache:
         """The tensors stored under `key`, or None."""
         try:
             return load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
+        except (OSError, SafetensorError):
             return None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -40,7 +41,8 @@ class TensorCache:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise StorageError(
                 f"the cache {self.folder} cannot be written: {error}", hint="free some space, or set run.output_dir"
             ) from None

@@ -99,7 +99,7 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
     axes.axhline(tolerance, color=MUTED, lw=1.2, ls="--", label=f"tolerance {tolerance:.0%}")
     axes.axhline(0, color=MUTED, lw=1)
     ceiling = result.get("ceiling")
-    title = "Excess over the slow curve at equal exposure"
+    title = "What a rate costs at equal exposure"
     if ceiling:
         axes.axvspan(*ceiling["bracket"], color=PALETTE[0], alpha=0.14, lw=0, label="bracket")
         axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.2g}")
