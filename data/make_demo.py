@@ -1,6 +1,6 @@
 """Make the embedded default: `tiny-sd/`, a Stable Diffusion in miniature, and `mochi/`, a subject it has never seen.
 
-    python data/make_demo.py            # about an hour on two CPU cores; continues where it was stopped
+    python data/make_demo.py            # about an hour on one CPU core; continues where it was stopped
     python data/make_demo.py --subjects # only the subject's pictures (a second)
 
 Three stages, each kept in `data/.build/` as soon as it is done: the VAE (pictures to 4×16×16 latents), the text encoder and
@@ -21,6 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.training_utils import EMAModel, compute_snr
 from portraits import distinct_portraits, draw
 from rich.progress import track
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -36,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", action="store_true", help="only redraw the subjects' pictures")
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--unet-steps", type=int, default=3200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -79,7 +80,7 @@ def to_tensor(image) -> torch.Tensor:
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    return float(peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
 def make_vae(pictures: torch.Tensor, steps: int) -> AutoencoderKL:
@@ -148,7 +149,7 @@ def make_tokenizer(captions: list[str]) -> CLIPTokenizer:
         + ["<|startoftext|>", "<|endoftext|>"]
     )
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=48)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=32)
 
 
 def bpe_merges(tokenizer: Tokenizer) -> list:
@@ -161,9 +162,14 @@ def bpe_merges(tokenizer: Tokenizer) -> list:
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and spread of every picture's latents, scaled as the UNet sees them."""
-    parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
-    factor = vae.config.scaling_factor
-    return torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
+    done = BUILD / "latents.safetensors"
+    if not done.exists():
+        parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
+        factor = vae.config.scaling_factor
+        mean, std = torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
+        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, done)
+    tensors = load_file(done)
+    return tensors["mean"], tensors["std"]
 
 
 def make_denoiser(tokenizer, captions, latents, steps):
@@ -186,9 +192,9 @@ def make_denoiser(tokenizer, captions, latents, steps):
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 64, 128),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
         norm_num_groups=16,
         cross_attention_dim=128,
@@ -199,7 +205,7 @@ def make_denoiser(tokenizer, captions, latents, steps):
         f"unet {unet.num_parameters() / 1e6:.2f} M, text encoder {text_encoder.num_parameters() / 1e6:.2f} M parameters",
         flush=True,
     )
-    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3)
+    optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = EMAModel(modules.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     first = 0
     saved = BUILD / "denoiser.pt"
@@ -216,7 +222,7 @@ def make_denoiser(tokenizer, captions, latents, steps):
 
     ids, empty = tokens(captions), tokens([""])
     mean, std = latents
-    batch_size = 32
+    batch_size = 16
     running = None
     for step in track(range(first, steps), "training UNet and text encoder"):
         for group in optimizer.param_groups:

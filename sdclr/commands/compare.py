@@ -28,7 +28,7 @@ HEADER = (
 
 def compare(runs: Sequence[Path], output: Path, as_json: bool = False) -> None:
     """Write compare.png and compare.html, print the table; warns when exposures differ, for then schedule and exposure are confounded."""
-    loaded = [(folder.name, _records(folder)) for folder in runs]
+    loaded = list(zip(_names(runs), map(_records, runs), strict=True))
     rows = [_summary(name, records, loaded[0][1]) for name, records in loaded]
     exposures = [row["exposure"] for row in rows]
     confounded = max(exposures) > 1.05 * min(exposures)
@@ -49,12 +49,19 @@ def compare(runs: Sequence[Path], output: Path, as_json: bool = False) -> None:
         ),
     )
     if as_json:
-        console.result(json.dumps({"schema": 1, "runs": rows, "confounded_by_exposure": confounded}))
+        found = metrics.finite({"schema": 1, "runs": rows, "confounded_by_exposure": confounded})
+        console.result(json.dumps(found, allow_nan=False))
         return
     if confounded:
         console.warn(lead)
     console.table(shown, HEADER)
     console.result(str(output / "compare.png"))
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """The folders' names, or their whole paths where two runs have one name."""
+    names = [folder.resolve().name for folder in runs]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, runs, strict=True)]
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdclr.config import source
 from sdclr.config.schema import RunConfig, Span
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
-from sdclr.engine.plan import Inputs, Plan, changed, describe, make_plan, read_inputs
+from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
 from sdclr.report import console, figures, metrics, page
 
@@ -43,6 +43,7 @@ def train(
         start = _resume_point(folder, checkpoint, config_path) if resume else None
         if start:
             _refuse_other_mathematics(folder, config, plan, start, overrides)
+            _refuse_other_inputs(start, config, inputs)
         else:
             _refuse_to_overwrite(folder, config_path)
         write_text(folder.config, source.dump(config))
@@ -76,6 +77,7 @@ class Session:
         self.run = Run(config, inputs)
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
+        self.fingerprint = fingerprint(config, inputs)
         self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
         held_out, stabilised = self.run.held_out, self.run.stabilised
         self.watch = Watch(self.run, held_out, stabilised, config.checkpoint.best) if held_out and stabilised else None
@@ -268,6 +270,7 @@ class Session:
         return {
             "kappa": exposure / best if best else None,
             "validation_loss": loss,
+            "fingerprint": self.fingerprint,
             "config": self.config.model_dump(mode="json"),
         }
 
@@ -324,6 +327,11 @@ def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> C
                 f"{named}: is not a checkpoint to resume from (a folder named {FULL}-000400)",
                 hint=f"see those there are: ls {folder.checkpoints}",
             )
+        if named.resolve().parent != folder.checkpoints.resolve():
+            raise CheckpointError(
+                f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
         checkpoint = Checkpoint(named, FULL, int(number))
         problems = verify(checkpoint)
         if problems:
@@ -371,6 +379,8 @@ def _refuse_other_mathematics(
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
     same_rates = _rates_as_used(folder, start.step, plan)
     clashes = []
+    if plan.steps < start.step:
+        clashes.append(f"train.steps is {plan.steps} in the config, and {start.step} steps are done")
     for key, stored, given in changed(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
@@ -382,6 +392,18 @@ def _refuse_other_mathematics(
         raise CheckpointError(
             "\n".join(clashes), hint="put the stored values back, or start another run: --set run.name=..."
         )
+
+
+def _refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) -> None:
+    """The same paths may hold other pictures, captions or weights than when the run began; the order of samples hangs on them."""
+    before, now = start.info().get("fingerprint") or {}, fingerprint(config, inputs)
+    clashes = []
+    if before.get("images") != now["images"]:
+        clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
+    if before.get("model") != now["model"]:
+        clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
+    if clashes:
+        raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
 
 
 def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:

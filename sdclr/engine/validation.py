@@ -68,12 +68,12 @@ def evaluate(
 
 @contextmanager
 def evaluation_mode(modules: Sequence[torch.nn.Module]):
-    """`.eval()` for the time of the block, then each module as it was."""
-    before = [module.training for module in modules]
+    """`.eval()` for the time of the block, then each module and submodule as it was."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
     try:
         for module in modules:
             module.eval()
         yield
     finally:
-        for module, training in zip(modules, before, strict=True):
-            module.train(training)
+        for part, training in before:
+            part.training = training

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sdclr.engine.run import Encoded, Run
+from sdclr.errors import DivergenceError
 from sdclr.lr.paired import paired_difference
 
 
@@ -41,8 +42,16 @@ class Watch:
         self.best_weights: dict[str, dict[str, torch.Tensor]] | None = None
 
     def look(self, step: int, exposure: float) -> dict[str, Any]:
-        """Measure now; returns the record for the metrics: losses, the paired difference to the base, each image, each timestep bin."""
+        """Measure now; returns the record for the metrics: losses, the paired difference to the base, each image, each timestep bin.
+
+        Raises DivergenceError when the weights give losses that are not finite; they are no new best.
+        """
         losses = self.run.losses(self.held_out, self.draws)
+        if not np.isfinite(losses).all():
+            raise DivergenceError(
+                f"the held-out loss after step {step} is {losses.mean()}; stopped before these weights were saved",
+                hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
+            )
         seen = self.run.losses(self.stabilised, self.train_draws)
         if self.base is None:
             self.base = losses

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sdclr.errors import SdclrError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 console = Console(stderr=True, highlight=False)
 quiet = False
@@ -65,7 +67,7 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
 
 
 @contextmanager
-def progress(what: str, total: int, done: int = 0) -> Iterator[Bar]:
+def progress(what: str, total: int | None, done: int = 0) -> Iterator[Bar]:
     """A progress bar with time left and a line of numbers."""
     columns = (
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
@@ -86,10 +88,6 @@ class Bar:
         if numbers:
             self.bar.update(self.task, numbers=numbers)
         self.bar.update(self.task, advance=steps)
-
-    def total(self, total: int) -> None:
-        """The end has moved."""
-        self.bar.update(self.task, total=total)
 
 
 def curve(values: Sequence[float] | np.ndarray, width: int = 72, height: int = 6) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -48,8 +49,9 @@ def _exposure_panel(
             label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),
         )  # fmt: skip
     axes.axhline(1, color=MUTED, lw=1, ls=":")
-    lows = [float((losses.mean(axis=1) / base).min()) for _, _, losses in curves]
-    axes.set_ylim(min(lows) - 0.06 * (1 - min(lows)), 1 + max(0.05, 0.35 * (1 - min(lows))))
+    means = np.concatenate([losses.mean(axis=1) / base for _, _, losses in curves])
+    low = float(np.min(means, where=np.isfinite(means), initial=1.0))
+    axes.set_ylim(low - 0.06 * (1 - low), 1 + max(0.05, 0.35 * (1 - low)))
     axes.text(0.01, 1, " untouched base", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED, fontsize=9.5)
     best = result.get("best_exposure")
     if best:
@@ -97,7 +99,7 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
     axes.axhline(tolerance, color=MUTED, lw=1.2, ls="--", label=f"tolerance {tolerance:.0%}")
     axes.axhline(0, color=MUTED, lw=1)
     ceiling = result.get("ceiling")
-    title = "Excess over the slow curve at equal exposure"
+    title = "What a rate costs at equal exposure"
     if ceiling:
         axes.axvspan(*ceiling["bracket"], color=PALETTE[0], alpha=0.14, lw=0, label="bracket")
         axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.2g}")
@@ -158,7 +160,7 @@ def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 9.2), layout="constrained")
         panels = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(1, 1.8, 1.2))
-        for number, (name, records) in enumerate(runs):
+        for number, (_, records) in enumerate(runs):
             look = {
                 "color": PALETTE[number % len(PALETTE)],
                 "ls": ("-", "--", ":", "-.")[number // len(PALETTE) % 4],
@@ -167,7 +169,7 @@ def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
             steps = [r for r in records if r["kind"] == "step"]
             checks = [r for r in records if r["kind"] == "validation"]
             for column, axis in enumerate(("step", "exposure")):
-                panels[0, column].plot([r[axis] for r in steps], [r["lr"] for r in steps], label=name, **look)
+                panels[0, column].plot([r[axis] for r in steps], [r["lr"] for r in steps], **look)
                 panels[1, column].plot([r[axis] for r in checks], [r["loss"] for r in checks], **look)
                 panels[2, column].plot([r[axis] for r in checks], [r["loss"] - r["train_loss"] for r in checks], **look)
         for column, axis in enumerate(("optimizer step", "exposure S = Σ learning rate")):
@@ -176,15 +178,15 @@ def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
             panels[row, 0].set_ylabel(label)
         panels[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         panels[0, 0].set_title("against step"), panels[0, 1].set_title("against exposure")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        names = [name.replace("$", r"\$") for name, _ in runs]  # a dollar would begin a formula
+        figure.legend(panels[0, 0].get_lines(), names, loc="outside lower center", ncols=min(4, len(names)))
         return _png(figure)
 
 
 def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
     """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
     side = max(128, min(320, cells[0][0].width))
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    font, small = _font(15), _font(13)
     gap, left = 8, 190
     heads = [_wrapped(text, font, side) for text in columns]
     names = [_wrapped(text, small, left - 2 * gap) for text in rows]
@@ -204,6 +206,11 @@ def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: S
             canvas.paste(picture.resize((side, side), resample), (left + c * (side + gap), y))
         y += height[r] + gap
     return canvas
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans: Pillow's own font has no κ, and draws a box for it."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

@@ -12,9 +12,11 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sdclr.errors import InputError
 
 SCHEMA = 1
 HEADER = {
@@ -49,7 +51,7 @@ class MetricsLog:
             if self.board:
                 for name, value in values.items():
                     if isinstance(value, (int, float)):
-                        self.board(f"{kind}/{name}", value, step)
+                        self.board.add_scalar(f"{kind}/{name}", value, step)
 
     @property
     def digest(self) -> str:
@@ -67,8 +69,10 @@ class MetricsLog:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the files."""
         self.file.close()
+        if self.board:
+            self.board.close()
 
     def _begin(self, text: bytes) -> io.FileIO:
         """The file with this text, written whole, open for more."""
@@ -131,7 +135,12 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _tensorboard(folder: Path, upto_step: int | None) -> Callable[[str, float, int], Any]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder), purge_step=None if upto_step is None else upto_step + 1).add_scalar
+def _tensorboard(folder: Path, upto_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "run.tensorboard: true needs tensorboard, which is not installed",
+            hint="pip install 'sdclr[tensorboard]', or leave run.tensorboard out: metrics.csv and report.html hold the same numbers",
+        ) from None
+    return SummaryWriter(str(folder), purge_step=None if upto_step is None else upto_step + 1)

@@ -36,9 +36,28 @@ def render(title: str, lead: str, sections: Sequence[dict[str, Any]]) -> str:
     return _PAGE.render(title=title, lead=lead, sections=shown)
 
 
+ARM_HEADER = ("rate", "steps", "excess", "95 % interval", "ragged", "verdict")
+
+
 def range_test(name: str, result: dict[str, Any], picture: bytes) -> str:
     """The range test's page: the answer in words, the figure, the arms, the cost."""
-    arms = [
+    cost = result["cost"]
+    sections: list[dict[str, Any]] = [{"title": "Held-out loss against exposure", "picture": picture}]
+    if result["reasons"]:
+        rows = [(r["text"], r["remedy"]) for r in result["reasons"]]
+        sections.insert(0, {"title": "Why it cannot say", "header": ("what", "what would help"), "rows": rows})
+    if result["recommended"]:
+        sections.append({"title": "What follows for a run", "code": snippet(result)})
+    text = "Excess: how much worse a rate is than the slow reference after the same exposure, as a share of the gain."
+    sections.append({"title": "Arms", "text": text, "header": ARM_HEADER, "rows": arm_rows(result)})
+    text = f"{cost['train_steps']} train steps, {cost['validation_forwards']} validation forwards, {cost['seconds']:.0f} seconds"
+    sections.append({"title": "Cost", "text": text})
+    return render(f"Range test of {name}", range_test_in_words(result), sections)
+
+
+def arm_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """The arms as table rows under ARM_HEADER."""
+    return [
         (
             f"{a['lr']:.2e}",
             a["steps"],
@@ -49,27 +68,16 @@ def range_test(name: str, result: dict[str, Any], picture: bytes) -> str:
         )
         for a in result["arms"]
     ]
-    cost = result["cost"]
-    sections: list[dict[str, Any]] = [{"title": "Held-out loss against exposure", "picture": picture}]
-    if result["reasons"]:
-        sections.insert(
-            0,
-            {
-                "title": "Why it cannot say",
-                "header": ("what", "what would help"),
-                "rows": [(r["text"], r["remedy"]) for r in result["reasons"]],
-            },
-        )
-    if result["recommended"]:
-        rec = result["recommended"]
-        code = f"schedule: {{policy: triangular, base_lr: {rec['base_lr']:g}, max_lr: {rec['max_lr']:.3g}, cycles: {rec['cycles'] or 4:g}}}\ntrain: {{steps: {rec['steps']}}}"
-        sections.append({"title": "What follows for a run", "code": code})
-    if arms:
-        sections.append({"title": "Arms", "header": ("rate", "steps", "excess", "95 % interval", "ragged", "verdict"), "rows": arms,
-                         "text": "Excess: how much worse the rate is than the slow reference after the same exposure, as a share of the gain."})  # fmt: skip
-    text = f"{cost['train_steps']} train steps, {cost['validation_forwards']} validation forwards, {cost['seconds']:.0f} seconds"
-    sections.append({"title": "Cost", "text": text})
-    return render(f"Range test of {name}", range_test_in_words(result), sections)
+
+
+def snippet(result: dict[str, Any]) -> str:
+    """What follows for a run, as YAML to paste."""
+    rec = result["recommended"]
+    cycles = f", cycles: {rec['cycles']:.4g}" if rec["cycles"] else ""
+    return (
+        f"schedule: {{policy: {rec['policy']}, base_lr: {rec['base_lr']:g}, max_lr: {rec['max_lr']:.3g}{cycles}}}\n"
+        f"train: {{steps: {rec['steps']}}}"
+    )
 
 
 def range_test_in_words(result: dict[str, Any]) -> str:

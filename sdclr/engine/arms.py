@@ -1,0 +1,189 @@
+"""Arms: short runs from the untouched weights, measured on the held-out images, kept on disk and never run twice."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from sdclr.config.schema import RunConfig
+from sdclr.data.cache import key_of
+from sdclr.engine.folder import read_json, write_json
+from sdclr.engine.loop import optimizer_steps
+from sdclr.engine.plan import fingerprint
+from sdclr.engine.run import Encoded, Run
+from sdclr.engine.signals import StopRequest
+from sdclr.errors import DivergenceError, InputError
+from sdclr.lr.bounds import Arm
+
+
+class OutOfTime(Exception):
+    """The time allowed has passed, or the user asked to stop, between two measurements."""
+
+
+@dataclasses.dataclass
+class Measured:
+    """An arm as it was run: the rate of every step, and at each measured point the steps done, the exposure, and the losses of
+    every draw (points, images, K)."""
+
+    name: str
+    lr: float
+    steps: np.ndarray
+    exposure: np.ndarray
+    losses: np.ndarray
+    rates: np.ndarray
+    diverged: bool = False
+
+    @property
+    def means(self) -> np.ndarray:
+        """Mean loss at each point, (points,)."""
+        return self.losses.mean(axis=(1, 2))
+
+    def arm(self, upto: float = math.inf) -> Arm:
+        """For the analysis: losses averaged over draws, up to some exposure."""
+        keep = self.exposure <= upto * (1 + 1e-9)
+        return Arm(self.lr, self.exposure[keep], self.losses[keep].mean(axis=2), self.diverged)
+
+
+class Bench:
+    """Runs and measures arms on one Run, and counts what they cost."""
+
+    def __init__(
+        self,
+        run: Run,
+        held_out: Encoded,
+        config: RunConfig,
+        folder: Path,
+        deadline: float | None = None,
+        stop: StopRequest | None = None,
+        heard: Callable[[str], None] = lambda numbers: None,
+    ):
+        self.run, self.held_out, self.config, self.folder = run, held_out, config, folder
+        self.deadline, self.stop, self.heard = deadline, stop, heard
+        self.draws = run.draws(held_out)
+        self.finished: dict[str, Measured] = {}
+        self.train_steps = self.forwards = 0
+        self.started = time.monotonic()
+        self.key = self._key()
+
+    def base(self) -> np.ndarray:
+        """Losses of the untouched model, (images, K)."""
+        if "base" not in self.finished:
+            self._pause()
+            self.run.fresh_state()
+            losses = self._measure()[None]
+            self.finished["base"] = Measured("base", 0.0, np.zeros(1), np.zeros(1), losses, np.zeros(0))
+        return self.finished["base"].losses[0]
+
+    def arm(
+        self,
+        name: str,
+        lr: float,
+        lr_at: Callable[[int], float],
+        enough: Callable[[Measured], bool],
+        due: Callable[[int, float], bool] = lambda steps, exposure: True,
+    ) -> Measured:
+        """Train from the untouched weights until `enough(arm so far)`, measuring when `due(steps, exposure)`.
+
+        A finished arm is read from disk instead. Raises OutOfTime between measurements.
+        """
+        if name not in self.finished:
+            stored = self._load(name)
+            self.finished[name] = stored or self._run(name, lr, lr_at, enough, due)
+            if stored is None:
+                self._save(self.finished[name])
+        return self.finished[name]
+
+    def constant(self, lr: float, last: int, points: set[int]) -> Measured:
+        """An arm of `last` steps at one rate, measured after the steps in `points` and at its end."""
+        name = f"arm-{lr:.3e}-{last}"
+        return self.arm(
+            name, lr, lambda step: lr, lambda a: a.steps[-1] >= last, lambda step, s: step in points or step >= last
+        )
+
+    def _run(
+        self,
+        name: str,
+        lr: float,
+        lr_at: Callable[[int], float],
+        enough: Callable[[Measured], bool],
+        due: Callable[[int, float], bool],
+    ) -> Measured:
+        run, most = self.run, self.config.range_test.max_steps
+        rates: list[float] = []
+        points: list[tuple[int, float, np.ndarray]] = []
+        diverged = False
+        steps = optimizer_steps(
+            run.fresh_state(),
+            run.inputs.batches,
+            run.loss,
+            lr_at,
+            most,
+            run.accelerator,
+            self.config.optimizer.max_grad_norm,
+        )
+        try:
+            for result in steps:
+                self.train_steps += 1
+                rates.append(result.lr)
+                self.heard(f"{name}: step {result.step}, lr {result.lr:.2g}")
+                if not due(result.step, result.exposure) and result.step < most:
+                    continue
+                self._pause()
+                losses = self._measure()
+                if not np.isfinite(losses).all():
+                    diverged = True
+                    break
+                points.append((result.step, result.exposure, losses))
+                if enough(self._gathered(name, lr, points, rates)):
+                    break
+        except DivergenceError:
+            diverged = True
+        return dataclasses.replace(self._gathered(name, lr, points, rates), diverged=diverged)
+
+    def _gathered(
+        self, name: str, lr: float, points: list[tuple[int, float, np.ndarray]], rates: list[float]
+    ) -> Measured:
+        empty = np.empty((0, len(self.draws.keys), self.draws.per_image))
+        losses = np.array([p[2] for p in points]) if points else empty
+        return Measured(
+            name, lr, np.array([p[0] for p in points]), np.array([p[1] for p in points]), losses, np.array(rates)
+        )
+
+    def _measure(self) -> np.ndarray:
+        self.forwards += len(self.draws)
+        return self.run.losses(self.held_out, self.draws)
+
+    def _pause(self) -> None:
+        if (self.deadline and time.monotonic() > self.deadline) or (self.stop and self.stop.requested):
+            raise OutOfTime
+
+    def _key(self) -> str:
+        """What a stored arm must agree in to be used again."""
+        prints = fingerprint(self.config, self.run.inputs)
+        return key_of(json.dumps([prints, self.draws.keys, self.config.run.seed, self.draws.per_image], sort_keys=True))
+
+    def _load(self, name: str) -> Measured | None:
+        try:
+            stored = read_json(self.folder / f"{name}.json", sealed=True)
+        except InputError:
+            return None
+        if stored.get("key") != self.key:
+            return None
+        arrays = {k: np.array(stored[k], dtype=float) for k in ("steps", "exposure", "losses", "rates")}
+        arrays["losses"] = arrays["losses"].reshape(-1, len(self.draws.keys), self.draws.per_image)
+        self.train_steps += len(arrays["rates"])
+        self.forwards += arrays["losses"].size
+        return Measured(stored["name"], stored["lr"], diverged=stored["diverged"], **arrays)
+
+    def _save(self, arm: Measured) -> None:
+        arrays = {k: getattr(arm, k).tolist() for k in ("steps", "exposure", "losses", "rates")}
+        write_json(
+            self.folder / f"{arm.name}.json",
+            {"key": self.key, "name": arm.name, "lr": arm.lr, "diverged": arm.diverged, **arrays},
+        )

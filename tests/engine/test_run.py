@@ -1,0 +1,249 @@
+"""What a Run hands to the loop: the optimizer of the config, fresh states, and a loss that is a function of the samples alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdclr.config import source
+from sdclr.data.batches import Sample
+from sdclr.engine.plan import read_inputs
+from sdclr.engine.run import Run
+from sdclr.errors import DataError
+from sdclr.model.objective import min_snr_weights
+from sdclr.seeding import generator
+
+SAMPLES = [Sample(position=i, index=i, view=i % 2, drop_caption=i == 2) for i in range(4)]
+
+
+def build(path: Path, *overrides: str) -> Run:
+    loaded = source.load(path, overrides)
+    return Run(loaded.config, read_inputs(loaded))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory, model, pictures) -> Run:
+    """A run that trains UNet and text encoder, with every setting of AdamW given."""
+    from tiny import write_config
+
+    folder = tmp_path_factory.mktemp("both")
+    extra = "optimizer: {betas: [0.7, 0.95], eps: 1.0e-6, weight_decay: 0.03, text_encoder_scale: 0.5}\nloss: {min_snr_gamma: 5, noise_offset: 0.1}"
+    path = write_config(folder / "run.yaml", model, pictures, folder / "runs", extra)
+    return build(path, "model.train=[unet, text_encoder]")
+
+
+def gradients(run: Run, batches: list[list[Sample]]) -> list[torch.Tensor]:
+    run.fresh_state()
+    parameters = [p for m in run.modules.values() for p in m.parameters()]
+    for p in parameters:
+        p.grad = None
+    for batch in batches:
+        (run.loss(batch) / len(batches)).backward()
+    return [p.grad.clone() for p in parameters]
+
+
+def test_adamw_gets_the_configs_betas_eps_decay_and_one_group_a_module(both):
+    optimizer = both.fresh_state().optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert [g["lr_scale"] for g in optimizer.param_groups] == [1.0, 0.5]
+    for group, module in zip(optimizer.param_groups, both.modules.values(), strict=True):
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.7, 0.95), 1e-6, 0.03)
+        assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters()]
+    assert list(both.modules) == ["unet", "text_encoder"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ("{name: sgd, momentum: 0.5, weight_decay: 0.2}", torch.optim.SGD, {"momentum": 0.5, "weight_decay": 0.2}),
+        ("{name: adafactor, weight_decay: 0.2}", torch.optim.Adafactor, {"weight_decay": 0.2}),
+        ("{name: adamw, weight_decay: 0}", torch.optim.AdamW, {"weight_decay": 0, "betas": (0.9, 0.999), "eps": 1e-8}),
+    ],
+)
+def test_the_optimizer_is_the_one_the_config_names(config, settings, kind, expected):
+    optimizer = build(config(f"optimizer: {settings}")).fresh_state().optimizer
+    assert type(optimizer) is kind
+    assert {key: optimizer.param_groups[0][key] for key in expected} == expected
+
+
+def test_a_fresh_state_has_the_files_weights_and_an_empty_optimizer_whatever_was_trained_before(run, model):
+    from safetensors.torch import load_file
+
+    state = run.fresh_state()
+    run.loss(SAMPLES).backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    stored = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(tensor, stored[name]) for name, tensor in run.modules["unet"].state_dict().items())
+    fresh = run.fresh_state()
+    assert (fresh.step, fresh.exposure) == (0, 0.0)
+    assert not fresh.optimizer.state_dict()["state"]
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in run.modules["unet"].state_dict().items())
+
+
+def test_a_loss_is_a_function_of_its_samples_and_not_of_what_ran_before(run):
+    run.fresh_state()
+    first = run.loss(SAMPLES).item()
+    run.loss(SAMPLES[1:]), run.losses(run.held_out, run.draws(run.held_out)), torch.rand(7)
+    assert run.loss(SAMPLES).item() == first
+    assert run.loss([SAMPLES[0]]).item() != run.loss([Sample(9, SAMPLES[0].index, 0, False)]).item()
+
+
+@pytest.mark.parametrize("which", ["run", "both"])
+def test_four_micro_batches_of_one_give_the_gradients_of_one_batch_of_four(which, request):
+    run = request.getfixturevalue(which)
+    whole, parts = gradients(run, [SAMPLES]), gradients(run, [[s] for s in SAMPLES])
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.linalg.vector_norm(one - other) <= 1e-5 * torch.linalg.vector_norm(one) + 1e-9
+    assert sum(float(g.abs().sum()) for g in whole) > 0
+
+
+def test_every_trained_parameter_gets_a_gradient(both):
+    names = [f"{part}.{name}" for part, module in both.modules.items() for name, _ in module.named_parameters()]
+    without = [n for n, g in zip(names, gradients(both, [SAMPLES]), strict=True) if not g.abs().sum() > 0]
+    # attention's key bias cannot matter: softmax does not see a constant added to every score
+    assert [n for n in without if not n.endswith("k_proj.bias")] == []
+
+
+def draws_of(run: Run, sample: Sample, offset: bool = False):
+    """The draws of one sample by their names: timestep, noise, spread of the latents, shift."""
+    g, shape = generator(run.seed, "sample", sample.position), run.train.mean.shape[2:]
+    t = torch.randint(1000, (1,), generator=g)
+    noise, spread = torch.randn(shape, generator=g)[None], torch.randn(shape, generator=g)[None]
+    if offset:
+        noise = noise + run.config.loss.noise_offset * torch.randn((4, 1, 1), generator=g)[None]
+    return t, noise, run.train.mean[sample.index, sample.view][None] + run.train.std[sample.index, sample.view] * spread
+
+
+def test_the_training_loss_is_the_mean_of_diffusers_own_calls_sample_by_sample(run):
+    run.fresh_state()
+    expected = []
+    with torch.no_grad():
+        for sample in SAMPLES:
+            t, noise, latents = draws_of(run, sample)
+            caption = "" if sample.drop_caption else run.train.pairs[sample.index].caption
+            tokens = run.parts.tokenizer(
+                caption, padding="max_length", max_length=16, truncation=True, return_tensors="pt"
+            )
+            context = run.parts.text_encoder(tokens.input_ids)[0]
+            noisy = run.parts.noise_scheduler.add_noise(latents, noise, t)
+            prediction = run.parts.unet(noisy, t, encoder_hidden_states=context).sample
+            expected.append(torch.nn.functional.mse_loss(prediction, noise).item())
+        assert run.loss(SAMPLES).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+
+
+def test_min_snr_and_noise_offset_enter_the_training_loss_and_leave_validation_alone(both, run):
+    both.fresh_state(), run.fresh_state()
+    expected = []
+    with torch.no_grad():
+        for sample in SAMPLES:
+            t, noise, latents = draws_of(both, sample, offset=True)
+            tokens = both.empty_tokens if sample.drop_caption else both.train.tokens[sample.index][None]
+            noisy = both.parts.noise_scheduler.add_noise(latents, noise, t)
+            prediction = both.parts.unet(noisy, t, encoder_hidden_states=both.parts.text_encoder(tokens)[0]).sample
+            weight = min_snr_weights(both.parts.noise_scheduler, t, 5).item()
+            expected.append(weight * torch.nn.functional.mse_loss(prediction, noise).item())
+        assert both.loss(SAMPLES).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+    plain = run.losses(run.held_out, run.draws(run.held_out))
+    assert both.losses(both.held_out, both.draws(both.held_out)) == pytest.approx(plain, rel=1e-6)
+
+
+def test_latents_are_those_of_diffusers_vae_times_its_scale(run):
+    from sdclr.data.dataset import View, pixels
+
+    pair = run.inputs.split.train[3]
+    with torch.no_grad():
+        for number, view in enumerate((View(), View(flipped=True))):
+            posterior = run.parts.vae.encode(torch.from_numpy(pixels(pair, 32, view))[None]).latent_dist
+            assert torch.allclose(run.train.mean[3, number], posterior.mean[0] * 0.5, atol=1e-5)
+            assert torch.allclose(run.train.std[3, number], posterior.std[0] * 0.5, atol=1e-5)
+
+
+def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_again(tmp_path, config, model):
+    from PIL import Image
+    from tiny import make_pictures
+
+    from sdclr.model import components
+
+    folder = make_pictures(tmp_path / "own", count=5)
+    path = config(f"data: {{images: '{folder}', resolution: 32}}")
+    encoded = []
+    original = components.encode_pixels
+
+    def counting(vae, pixels):
+        encoded.append(len(pixels))
+        return original(vae, pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(components, "encode_pixels", counting)
+        first = build(path)
+        assert sum(encoded) == 5
+        again = build(path, "schedule.max_lr=2e-3")
+        assert sum(encoded) == 5
+        assert torch.equal(first.train.mean, again.train.mean)
+        Image.new("RGB", (32, 32), "red").save(folder / "picture-02.png")
+        build(path)
+        assert sum(encoded) == 6
+
+
+def test_pictures_that_cannot_be_decoded_are_all_named_before_anything_is_trained(tmp_path, config):
+    from tiny import make_pictures
+
+    folder = make_pictures(tmp_path / "own", count=6)
+    for number in (1, 4):
+        path = folder / f"picture-{number:02d}.png"
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError) as problem:
+        build(config(f"data: {{images: '{folder}', resolution: 32}}"))
+    assert len(problem.value.problems) == 2
+    assert "picture-01.png" in problem.value.message
+    assert "picture-04.png" in problem.value.message
+
+
+def test_gradient_checkpointing_recomputes_both_modules_and_gives_the_same_gradients(config):
+    path = config()
+    found = []
+    for setting in ("false", "true"):
+        run = build(path, "model.train=[unet, text_encoder]", f"model.gradient_checkpointing={setting}")
+        calls = {"unet": 0, "text_encoder": 0}
+        counted = {
+            "unet": run.parts.unet.down_blocks[0].resnets[0],
+            "text_encoder": first_layer(run.parts.text_encoder),
+        }
+        for name, module in counted.items():
+            module.register_forward_pre_hook(
+                lambda *args, calls=calls, name=name: calls.__setitem__(name, calls[name] + 1)
+            )
+        found.append((calls, gradients(run, [SAMPLES])))
+    assert found[0][0] == {"unet": 1, "text_encoder": 1}
+    assert found[1][0] == {"unet": 2, "text_encoder": 2}
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-8)
+
+
+def first_layer(text_encoder: torch.nn.Module) -> torch.nn.Module:
+    return next(m for name, m in text_encoder.named_modules() if name.endswith("layers.0.mlp"))
+
+
+def test_bf16_on_the_cpu_trains_a_step_on_fp32_weights(config):
+    from accelerate.state import AcceleratorState
+
+    from sdclr.engine.loop import optimizer_steps
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        run = build(config(), "model.precision=bf16")
+        state = run.fresh_state()
+        seen = []
+        run.parts.unet.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+        before = {name: tensor.clone() for name, tensor in run.modules["unet"].state_dict().items()}
+        (result,) = optimizer_steps(state, lambda s: [SAMPLES], run.loss, lambda s: 1e-3, 1, run.accelerator, 1.0)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == [torch.bfloat16]
+    assert result.loss > 0
+    after = run.modules["unet"].state_dict()
+    assert all(tensor.dtype == torch.float32 for tensor in after.values())
+    assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
