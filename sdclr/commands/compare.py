@@ -65,7 +65,7 @@ def _names(runs: Sequence[Path]) -> list[str]:
 
 
 def _records(folder: Path) -> list[dict[str, Any]]:
-    records = metrics.read(RunFolder(folder).metrics)
+    records = metrics.complete(metrics.read(RunFolder(folder).metrics))
     if not any(r["kind"] == "step" for r in records):
         raise InputError(f"{folder}: holds no metrics of a run (metrics.jsonl)")
     return records

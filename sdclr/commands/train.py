@@ -136,7 +136,7 @@ class Session:
 
     def finish(self) -> None:
         """Export the final and the best model as diffusers folders, write the CSV and the report."""
-        records = metrics.read(self.folder.metrics)
+        records = metrics.complete(metrics.read(self.folder.metrics))
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(
             records, f"{self.config.run.name}: {self.plan.schedule.policy}", sorted(self.troughs)
