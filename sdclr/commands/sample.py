@@ -118,8 +118,8 @@ class _Painter:
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
-    """A run's troughs in order, thinned evenly, and its best."""
-    from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available
+    """A run's troughs in order, thinned evenly, then the average of them all, and its best."""
+    from sdclr.engine.checkpoint import AVERAGE, BEST, FULL, TROUGH, available
 
     found = available(folder / "checkpoints")
     if not found:
@@ -127,19 +127,19 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
             raise InputError(f"{folder}: there is no such run")
         return []
     troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
-    best = [c for c in found if c.kind == BEST][-1:]
-    room = MAX_COLUMNS - 1 - len(best)
+    others = [*[c for c in found if c.kind == AVERAGE][-1:], *[c for c in found if c.kind == BEST][-1:]]
+    room = MAX_COLUMNS - 1 - len(others)
     if len(troughs) > room:
         console.say(
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
         troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
-    return [_column(c.path, run_name) for c in (*troughs, *best)]
+    return [_column(c.path, run_name) for c in (*troughs, *others)]
 
 
 def _column(path: Path, run_name: str | None) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
-    from sdclr.engine.checkpoint import BEST, MANIFEST, Checkpoint, verify
+    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, verify
 
     if not (path / "unet").is_dir():
         raise InputError(f"{path}: is neither a checkpoint nor a diffusers folder (it has no unet/)")
@@ -153,13 +153,21 @@ def _column(path: Path, run_name: str | None) -> Column:
     info = checkpoint.info()
     words = [
         run_name,
-        ("best, " if checkpoint.kind == BEST else "") + f"step {info['step']}",
+        _name_of_state(checkpoint.kind, info),
         f"S {info['exposure']:.3g}" + (f"  κ {info['kappa']:.2f}" if info.get("kappa") else ""),
     ]
     if info.get("validation_loss") is not None:
         words.append(f"held out {info['validation_loss']:.4f}")
-    about = {key: info.get(key) for key in ("step", "exposure", "kappa", "validation_loss")}
+    about = {key: info[key] for key in ("step", "exposure", "kappa", "validation_loss", "averaged") if key in info}
     return Column("\n".join(w for w in words if w), path, identity, about)
+
+
+def _name_of_state(kind: str, info: dict[str, Any]) -> str:
+    from sdclr.engine.checkpoint import AVERAGE, BEST
+
+    if kind == AVERAGE:
+        return f"average of {len(info['averaged'])} troughs"
+    return ("best, " if kind == BEST else "") + f"step {info['step']}"
 
 
 def _write(
