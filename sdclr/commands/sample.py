@@ -158,7 +158,8 @@ def _column(path: Path, run_name: str | None) -> Column:
     ]
     if info.get("validation_loss") is not None:
         words.append(f"held out {info['validation_loss']:.4f}")
-    about = {key: info[key] for key in ("step", "exposure", "kappa", "validation_loss", "averaged") if key in info}
+    keys: tuple[str, ...] = ("step", "exposure", "kappa", "validation_loss", "averaged")
+    about = {key: info[key] for key in keys if key in info}
     return Column("\n".join(w for w in words if w), path, identity, about)
 
 
