@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo measure test test-fullsize test-faults check format clean
+.PHONY: install demo measure study test test-fullsize test-faults check format clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,9 @@ demo: install  ## range-test, train and sample on the embedded model and images
 
 measure: install  ## how good the embedded model is: VAE PSNR, obedience to held-out captions
 	$(BIN)/python data/measure_demo.py
+
+study: install  ## does cycling pay? at most three hours on two cores, goes on where it was stopped
+	$(BIN)/python tests/benchmarks/study.py
 
 check: install  ## lint, format, types
 	$(BIN)/ruff check .

@@ -135,7 +135,11 @@ class Session:
                 self.log.close()
 
     def finish(self) -> None:
-        """Export the final and the best model as diffusers folders, write the CSV and the report."""
+        """Keep the average of the troughs, write the CSV and the report, export the best and the final model as diffusers folders."""
+        trained = {
+            name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
+        }
+        averaged = self._save_average() if self.config.checkpoint.average else ""
         records = metrics.complete(metrics.read(self.folder.metrics))
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(
@@ -147,10 +151,8 @@ class Session:
             {"title": "The plan", "rows": describe(self.config, self.run.inputs, self.plan)},
             {"title": "The config, resolved", "code": source.dump(self.config)},
         ]
-        write_text(self.folder.report, page.render(f"Run {self.config.run.name}", self._in_words(), sections))
-        trained = {
-            name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
-        }
+        lead = f"{self._in_words()} {averaged}".strip()
+        write_text(self.folder.report, page.render(f"Run {self.config.run.name}", lead, sections))
         best = self.watch.best_weights if self.watch else None
         for name, weights in (best or {}).items():
             self.run.modules[name].load_state_dict(weights)
@@ -255,6 +257,26 @@ class Session:
                 self.watch.best_weights,
                 self._info(best.exposure, best.loss),
             )
+
+    def _save_average(self) -> str:
+        """One more kept state, with its own held-out loss; says what came of it. Leaves the average's weights in the model."""
+        from sdclr.engine import average
+        from sdclr.engine.checkpoint import AVERAGE, save_model
+
+        mean, problems = average.of_troughs(self.folder.checkpoints, self.config.model.train)
+        if mean is None:
+            console.warn("no average of the troughs was kept: " + "; ".join(problems))
+            return ""
+        for name, weights in mean.weights.items():
+            self.run.modules[name].load_state_dict(weights)
+        loss = self.watch.measure() if self.watch else None
+        info = {**self._info(mean.exposure, loss), "averaged": list(mean.steps)}
+        save_model(
+            self.folder.checkpoints, AVERAGE, mean.steps[-1], mean.exposure, self.run.modules, mean.weights, info
+        )
+        words = f"The average of {len(mean.steps)} troughs is kept" + (f": held-out loss {loss:.4f}." if loss else ".")
+        console.say(words)
+        return words
 
     def _save(self, kind: str) -> None:
         from sdclr.engine.checkpoint import FULL, save

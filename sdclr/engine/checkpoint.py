@@ -26,8 +26,8 @@ from sdclr.errors import CheckpointError, DivergenceError, StorageError
 from sdclr.model.components import WEIGHTS, read_weights
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
-FULL, TROUGH, BEST = "step", "trough", "best"
-"""Kinds of checkpoint, the first part of its folder's name: `step` can be resumed; `trough` and `best` hold weights only."""
+FULL, TROUGH, BEST, AVERAGE = "step", "trough", "best", "average"
+"""Kinds of checkpoint, the first part of its folder's name: `step` can be resumed; the others hold weights only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST)) -> list[Checkpoint]:
+def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)) -> list[Checkpoint]:
     """The checkpoints of a run by step, by their names; partial ones are not checkpoints."""
     found = []
     for path in sorted(folder.glob("*-*")) if folder.is_dir() else []:

@@ -71,6 +71,10 @@ class Watch:
             "bins": losses.mean(axis=0).tolist(),
         }
 
+    def measure(self) -> float | None:
+        """The held-out loss of whatever weights the model has now, remembered nowhere; None when it is not finite."""
+        return _finite(float(self.run.losses(self.held_out, self.draws).mean()))
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on watching."""
         looks = {
