@@ -388,6 +388,7 @@ class Lab:
         from sdclr.report import console, figures
 
         torch.set_num_threads(1)
+        self.true_load = components.load
         parts = components.load(source.load(self.config).config.model)
         weights = {
             name: {k: v.clone() for k, v in part.state_dict().items()}
