@@ -200,5 +200,5 @@ def _readable(path: Path) -> bool:
         with Image.open(path) as image:
             image.load()
         return True
-    except OSError:
+    except Exception:  # Pillow's decoders raise many kinds; each means that the cell must be drawn again
         return False

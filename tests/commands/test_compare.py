@@ -14,8 +14,15 @@ from scipy.stats import t as student
 from sdclr.commands.compare import compare
 from sdclr.commands.train import train
 from sdclr.errors import InputError
-from sdclr.report import metrics
+from sdclr.report import figures, metrics
 from sdclr.report.metrics import MetricsLog
+
+
+@pytest.fixture(autouse=True)
+def no_figure(request, monkeypatch):
+    """The figure takes most of a comparison's time and has tests of its own."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(figures, "comparison", lambda runs: b"a figure")
 
 
 def run(folder: Path, lr: float, losses: list[list[float]], steps_a_look: int = 2) -> Path:
