@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 RESULTS = Path(__file__).with_name("results.json")
 TIMEOUT = 120
 """Seconds after which a child counts as hung."""
