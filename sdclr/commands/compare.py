@@ -93,7 +93,7 @@ EXPLAINED = (
 
 
 def _read(folder: Path, name: str) -> Curves:
-    records = metrics.read(RunFolder(folder).metrics)
+    records = metrics.complete(metrics.read(RunFolder(folder).metrics))
     if not any(r["kind"] == "step" for r in records):
         raise InputError(f"{folder}: holds no metrics of a run (metrics.jsonl)")
     return Curves(name, records, _best_exposure(folder))

@@ -144,12 +144,12 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
 
 def _column(path: Path, run_name: str | None) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
-    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, verify
+    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, available, verify
 
     if not (path / "unet").is_dir():
         raise InputError(f"{path}: is neither a checkpoint nor a diffusers folder (it has no unet/)")
     identity = model_fingerprint(str(path))
-    if not (path / MANIFEST).is_file():
+    if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})
     checkpoint = Checkpoint(path, path.name.partition("-")[0], 0)
     problems = verify(checkpoint)

@@ -140,7 +140,7 @@ class Session:
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }
         averaged = self._save_average() if self.config.checkpoint.average else ""
-        records = metrics.read(self.folder.metrics)
+        records = metrics.complete(metrics.read(self.folder.metrics))
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(
             records, f"{self.config.run.name}: {self.plan.schedule.policy}", sorted(self.troughs)

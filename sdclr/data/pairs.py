@@ -6,7 +6,7 @@ import dataclasses
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +18,10 @@ CAPTION_SUFFIXES = (".txt", ".caption")
 MAX_PIXELS = 16_384 * 16_384 // 2
 """Larger pictures are refused before they are decoded: about 400 MB of memory (a decompression bomb, or a mistake)."""
 MIN_SIDE = 16
+MAX_ASPECT = 16
+"""Longer strips are refused: their shorter side is scaled to the resolution, so their longer one would not fit into memory."""
+MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
+"""What a folder of pictures can hold; beyond it, the folder is surely another one than was meant."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,24 +96,48 @@ def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[
     images: dict[str, list[Path]] = defaultdict(list)
     captions: dict[str, list[Path]] = defaultdict(list)
     root = folder.resolve()
-    for directory, subfolders, names in os.walk(folder):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(directory, name)
-            kind = (
-                captions
-                if path.suffix.lower() in CAPTION_SUFFIXES
-                else images
-                if path.suffix.lower() in known
-                else None
-            )
-            if kind is None or name.startswith("."):
-                continue
-            if path.is_symlink() and not path.resolve().is_relative_to(root):
-                found.append(f"{_shown(folder, path)}: is a link to a file outside the folder; copy the file instead")
-                continue
-            kind[unicodedata.normalize("NFC", str(path.with_suffix("")))].append(path)
+    for path in _walk(folder, found):
+        suffix = path.suffix.lower()
+        kind = captions if suffix in CAPTION_SUFFIXES else images if suffix in known else None
+        if kind is None:
+            continue
+        problem = _not_our_file(path, root)
+        if problem:
+            found.append(f"{_shown(folder, path)}: {problem}")
+            continue
+        kind[unicodedata.normalize("NFC", str(path.with_suffix("")))].append(path)
     return images, captions
+
+
+def _walk(folder: Path, found: list[str]) -> Iterator[Path]:
+    """Every file below a folder, in order; what cannot be entered or never ends is a problem, not a silence."""
+
+    def refused(error: OSError) -> None:
+        found.append(f"{_shown(folder, Path(error.filename))}: cannot be read ({error.strerror})")
+
+    seen = 0
+    for directory, subfolders, names in os.walk(folder, onerror=refused):
+        here = Path(directory)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        for name in subfolders:
+            if (here / name).is_symlink():
+                found.append(f"{_shown(folder, here / name)}: is a link to a folder; copy the folder instead")
+        seen += len(names) + len(subfolders)
+        if seen > MAX_FILES or len(here.relative_to(folder).parts) > MAX_DEPTH:
+            limits = f"more than {MAX_FILES:,} files, or folders more than {MAX_DEPTH} deep"
+            found.append(f"{folder}: holds {limits}: is it the folder that you mean?")
+            return
+        yield from (here / name for name in sorted(names) if not name.startswith("."))
+
+
+def _not_our_file(path: Path, root: Path) -> str | None:
+    """Why a path is no file that lies in the folder: a link that leads out of it or nowhere, a pipe that would be waited for."""
+    try:
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+            return "is a link to a file outside the folder; copy the file instead"
+    except (OSError, RuntimeError):  # Python before 3.13 raises RuntimeError for a link to itself
+        return "is a link that leads nowhere"
+    return None if path.is_file() else "is not a file"
 
 
 def _unusable(folder: Path, path: Path) -> list[str]:
@@ -124,6 +152,8 @@ def _unusable(folder: Path, path: Path) -> list[str]:
         try:
             with Image.open(path) as image:
                 width, height = image.size
+                if image.format == "EPS":
+                    return [f"{name}: is a PostScript program, which is never run; save it as PNG"]
                 # MPO is a photo with a preview or a second eye beside it, as many phones write under .jpg: its first frame is the photo.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         finally:
@@ -134,6 +164,8 @@ def _unusable(folder: Path, path: Path) -> list[str]:
         return [f"{name}: is {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller"]
     if min(width, height) < MIN_SIDE:
         return [f"{name}: is only {width}×{height} pixels; a picture needs at least {MIN_SIDE} on its shorter side"]
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        return [f"{name}: is {width}×{height} pixels, a strip more than {MAX_ASPECT} times as long as wide; cut it"]
     if frames > 1:
         return [f"{name}: is animated ({frames} frames); save the frame you mean as a picture"]
     return []
@@ -147,6 +179,9 @@ def _caption(folder: Path, image: Path, files: list[Path], default: str | None, 
         return default if default is not None else _one_line(image.stem.replace("_", " ").replace("-", " "))
     name = _shown(folder, files[0])
     try:
+        if files[0].stat().st_size > MAX_CAPTION_BYTES:
+            found.append(f"{name}: is {files[0].stat().st_size:,} bytes long, and a caption is a few sentences")
+            return ""
         text = files[0].read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         found.append(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8")

@@ -25,6 +25,8 @@ HEADER = {
     "columns": "kind: step (every optimizer step) or validation (every measurement)",
 }
 
+READ = {"step": {"lr", "loss", "exposure"}, "validation": {"exposure", "loss", "train_loss"}}
+
 
 class MetricsLog:
     """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished.
@@ -96,6 +98,11 @@ class MetricsLog:
 def read(path: Path) -> list[dict[str, Any]]:
     """All whole records of a metrics file, without its header; [] when there is none."""
     return list(_records(path)) if path.is_file() else []
+
+
+def complete(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those records that hold all that figures and tables read: a damaged file must not cost a finished run its report."""
+    return [r for r in records if READ[r["kind"]] <= r.keys()]
 
 
 def as_csv(records: list[dict[str, Any]]) -> str:
