@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo measure bench-range-test test test-fullsize check format clean
+.PHONY: install demo measure bench-range-test study test test-fullsize test-faults check format clean
 
 install: $(VENV)/installed
 
@@ -25,16 +25,22 @@ measure: install  ## how good the embedded model is: VAE PSNR, obedience to held
 bench-range-test: install  ## the range test against brute force, on every case: hours (BENCH='--quick' for minutes); goes on where it stopped
 	$(BIN)/python tests/benchmarks/range_test_accuracy.py --work build/bench-range-test $(BENCH)
 
+study: install  ## does cycling pay? at most three hours on two cores, goes on where it was stopped
+	$(BIN)/python tests/benchmarks/study.py
+
 check: install  ## lint, format, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 test: check  ## everything that fits in minutes on two CPU cores
-	$(BIN)/pytest -m "not fullsize and not gpu"
+	$(BIN)/pytest -m "not fullsize and not gpu and not faults"
 
 test-fullsize: install  ## one training step of the true SD 1.5 shape, on the CPU
 	$(BIN)/pytest -m fullsize -s
+
+test-faults: install  ## every kill, corruption, full disk and hostile input, with the figures
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m faults -s
 
 format: install
 	$(BIN)/ruff check --fix .

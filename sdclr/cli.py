@@ -144,13 +144,19 @@ def sample(
     run: Annotated[list[Path], typer.Option(help="another run's folder to put beside this one; repeatable")] = [],  # noqa: B006
     checkpoint: Annotated[list[Path], typer.Option(help="only these checkpoints (folders); repeatable")] = [],  # noqa: B006
     output: Annotated[Optional[Path], typer.Option(help="folder for the grid [default: samples/ of the run]")] = None,
+    score: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="PATH_OR_ID", help="CLIP model that scores the pictures: likeness, obedience, variety, with spread"
+        ),
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Draw checkpoints side by side: same prompts, same seeds, same noise."""
     _begin(config, set_, quiet)
     from sdclr.commands.sample import sample as command
 
-    command(config, set_, runs=run, checkpoints=checkpoint, output=output)
+    command(config, set_, runs=run, checkpoints=checkpoint, output=output, score=score)
 
 
 @app.command()

@@ -39,8 +39,9 @@ def sample(
     runs: Sequence[Path] = (),
     checkpoints: Sequence[Path] = (),
     output: Path | None = None,
+    score: str | None = None,
 ) -> None:
-    """Draw every missing cell, then the grid, its JSON and its page; prints the grid's path."""
+    """Draw every missing cell, then the grid, its JSON and its page; prints the grid's path. `score` names a CLIP model."""
     loaded = source.load(config_path, overrides)
     config = loaded.config
     columns = [Column("base", None, model_fingerprint(config.model.base), {})]
@@ -56,7 +57,10 @@ def sample(
         )
     target = output or RunFolder(config.folder).samples
     pictures = draw_missing(config, columns, target / "cells")
-    grid_path = _write(config, columns, pictures, target)
+    scores = _scored(loaded, columns, pictures, score) if score else None
+    if scores:
+        console.table(_score_rows(columns, scores), SCORE_HEADER, title=f"scores by {score}: mean ± spread")
+    grid_path = _write(config, columns, pictures, target, score, scores)
     console.result(str(grid_path))
 
 
@@ -64,7 +68,8 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
     s = config.sample
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
-    settings = (s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
+    base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
+    settings = (base, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     missing = [cell for cell in wanted if not _readable(paths[cell])]
     if missing:
@@ -118,8 +123,8 @@ class _Painter:
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
-    """A run's troughs in order, thinned evenly, and its best."""
-    from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available
+    """A run's troughs in order, thinned evenly, then the average of them all, and its best."""
+    from sdclr.engine.checkpoint import AVERAGE, BEST, FULL, TROUGH, available
 
     found = available(folder / "checkpoints")
     if not found:
@@ -127,19 +132,19 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
             raise InputError(f"{folder}: there is no such run")
         return []
     troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
-    best = [c for c in found if c.kind == BEST][-1:]
-    room = MAX_COLUMNS - 1 - len(best)
+    others = [*[c for c in found if c.kind == AVERAGE][-1:], *[c for c in found if c.kind == BEST][-1:]]
+    room = MAX_COLUMNS - 1 - len(others)
     if len(troughs) > room:
         console.say(
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
         troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
-    return [_column(c.path, run_name) for c in (*troughs, *best)]
+    return [_column(c.path, run_name) for c in (*troughs, *others)]
 
 
 def _column(path: Path, run_name: str | None) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
-    from sdclr.engine.checkpoint import BEST, MANIFEST, Checkpoint, verify
+    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, verify
 
     if not (path / "unet").is_dir():
         raise InputError(f"{path}: is neither a checkpoint nor a diffusers folder (it has no unet/)")
@@ -153,20 +158,81 @@ def _column(path: Path, run_name: str | None) -> Column:
     info = checkpoint.info()
     words = [
         run_name,
-        ("best, " if checkpoint.kind == BEST else "") + f"step {info['step']}",
+        _name_of_state(checkpoint.kind, info),
         f"S {info['exposure']:.3g}" + (f"  κ {info['kappa']:.2f}" if info.get("kappa") else ""),
     ]
     if info.get("validation_loss") is not None:
         words.append(f"held out {info['validation_loss']:.4f}")
-    about = {key: info.get(key) for key in ("step", "exposure", "kappa", "validation_loss")}
+    keys: tuple[str, ...] = ("step", "exposure", "kappa", "validation_loss", "averaged")
+    about = {key: info[key] for key in keys if key in info}
     return Column("\n".join(w for w in words if w), path, identity, about)
 
 
+def _name_of_state(kind: str, info: dict[str, Any]) -> str:
+    from sdclr.engine.checkpoint import AVERAGE, BEST
+
+    if kind == AVERAGE:
+        return f"average of {len(info['averaged'])} troughs"
+    return ("best, " if kind == BEST else "") + f"step {info['step']}"
+
+
+def _scored(
+    loaded: source.LoadedConfig,
+    columns: Sequence[Column],
+    pictures: dict[tuple[int, str, int], Image.Image],
+    name: str,
+) -> list[dict[str, Any]]:
+    """For each column likeness to the training images, obedience to the prompts and variety between the seeds."""
+    from PIL import ImageOps
+
+    from sdclr.data.dataset import to_rgb
+    from sdclr.engine.plan import read_inputs
+    from sdclr.engine.run import make_accelerator
+    from sdclr.model.scores import Judge, scores
+
+    config = loaded.config
+    judge = Judge(name, make_accelerator(config).device)
+    prompts = list(config.sample.prompts)
+    with console.progress("scoring", len(columns)) as bar:
+        paths = [pair.path for pair in read_inputs(loaded).split.train]
+        training = judge.pictures(to_rgb(ImageOps.exif_transpose(Image.open(path))) for path in paths)
+        texts = judge.texts(prompts)
+        found = []
+        for c in range(len(columns)):
+            cells = [(p, pictures[c, prompt, seed]) for p, prompt in enumerate(prompts) for seed in config.sample.seeds]
+            drawn = judge.pictures([picture for _, picture in cells])
+            values = scores(drawn, [p for p, _ in cells], texts, training)
+            found.append({measure: dataclasses.asdict(value) for measure, value in values.items()})
+            bar.advance()
+    return found
+
+
+SCORE_HEADER = ("state", "likeness to the training images", "obedience to the prompt", "variety between seeds")
+
+
+def _score_rows(columns: Sequence[Column], scores: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (column.label.replace("\n", ", "), *(_score_in_words(found[m]) for m in ("likeness", "obedience", "variety")))
+        for column, found in zip(columns, scores, strict=True)
+    ]
+
+
+def _score_in_words(score: dict[str, Any]) -> str:
+    if score["mean"] is None:
+        return "— (needs two seeds)"
+    return f"{score['mean']:.3f}" + (f" ± {score['sd']:.3f}" if score["sd"] is not None else "")
+
+
 def _write(
-    config: RunConfig, columns: Sequence[Column], pictures: dict[tuple[int, str, int], Image.Image], target: Path
+    config: RunConfig,
+    columns: Sequence[Column],
+    pictures: dict[tuple[int, str, int], Image.Image],
+    target: Path,
+    score: str | None,
+    scores: Sequence[dict[str, Any]] | None,
 ) -> Path:
-    s = config.sample
-    rows = [(prompt, seed) for prompt in s.prompts for seed in s.seeds]
+    """grid.png, grid.json and index.html; returns the first."""
+    rows = [(prompt, seed) for prompt in config.sample.prompts for seed in config.sample.seeds]
     cells = [[pictures[c, prompt, seed] for c in range(len(columns))] for prompt, seed in rows]
     grid = figures.grid(
         cells, [c.label for c in columns], [f"{prompt or '(no prompt)'}\nseed {seed}" for prompt, seed in rows]
@@ -174,24 +240,43 @@ def _write(
     buffer = io.BytesIO()
     grid.save(buffer, "png")
     write_bytes(target / "grid.png", buffer.getvalue())
-    record = {
-        "columns": [
-            {"label": c.label, "weights": str(c.weights) if c.weights else config.model.base, **c.about}
-            for c in columns
-        ],
-        "rows": [{"prompt": prompt, "seed": seed} for prompt, seed in rows],
-        "settings": {
-            "negative_prompt": s.negative_prompt,
-            "steps": s.steps,
-            "guidance": s.guidance,
-            "resolution": config.data.resolution,
-        },
-    }
+    record = _record(config, columns, rows, score, scores)
     write_json(target / "grid.json", record)
-    details = json.dumps(record["settings"])
-    write_text(target / "index.html", page.render(f"Samples of {config.run.name}", "Same prompt, same seed, same starting noise in each row.",
-                                                  [{"title": "Grid", "picture": buffer.getvalue()}, {"title": "Settings", "code": details}]))  # fmt: skip
+    sections: list[dict[str, Any]] = [{"title": "Grid", "picture": buffer.getvalue()}]
+    if scores:
+        text = f"By {score}: mean ± spread over the pictures of a column; likeness and obedience are cosines, variety is 1 − cosine."
+        sections.append({"title": "Scores", "text": text, "header": SCORE_HEADER, "rows": _score_rows(columns, scores)})
+    sections.append({"title": "Settings", "code": json.dumps(record["settings"])})
+    lead = "Same prompt, same seed, same starting noise in each row."
+    write_text(target / "index.html", page.render(f"Samples of {config.run.name}", lead, sections))
     return target / "grid.png"
+
+
+def _record(
+    config: RunConfig,
+    columns: Sequence[Column],
+    rows: Sequence[tuple[str, int]],
+    score: str | None,
+    scores: Sequence[dict[str, Any]] | None,
+) -> dict[str, Any]:
+    """What grid.json holds."""
+    s = config.sample
+    shown = [
+        {"label": c.label, "weights": str(c.weights) if c.weights else config.model.base, **c.about} for c in columns
+    ]
+    for column, found in zip(shown, scores or [], strict=False):
+        column["scores"] = found
+    settings = {
+        "negative_prompt": s.negative_prompt,
+        "steps": s.steps,
+        "guidance": s.guidance,
+        "resolution": config.data.resolution,
+    }
+    return {
+        "columns": shown,
+        "rows": [{"prompt": prompt, "seed": seed} for prompt, seed in rows],
+        "settings": settings | ({"score": score} if score else {}),
+    }
 
 
 def _readable(path: Path) -> bool:

@@ -402,9 +402,16 @@ class CheckpointSection(Section):
     """Which states of the run are kept."""
 
     at_troughs: bool = Field(True, description="at the end of every cycle")
+    average: bool = Field(False, description="and, at the end, the average of the troughs' weights")
     best: bool = Field(True, description="at the lowest validation loss")
     every: Length | None = Field(None, description="and every so many steps or epochs")
     keep_last: Count = Field(2, description="how many of the latest to keep beside troughs and best")
+
+    @model_validator(mode="after")
+    def _average_has_troughs(self) -> CheckpointSection:
+        if self.average and not self.at_troughs:
+            raise problem("is made of the troughs, and checkpoint.at_troughs is false", at="average")
+        return self
 
 
 class SampleSection(Section):
@@ -457,6 +464,14 @@ class RunConfig(Section):
             if "best" in checkpoint.model_fields_set:
                 raise problem("needs a validation split, and validation.fraction is 0", at="best")
             return checkpoint.model_copy(update={"best": False})
+        return checkpoint
+
+    @field_validator("checkpoint")
+    @classmethod
+    def _average_has_cycles(cls, checkpoint: CheckpointSection, info: ValidationInfo) -> CheckpointSection:
+        schedule = info.data.get("schedule")
+        if schedule and checkpoint.average and schedule.policy not in CYCLIC:
+            raise problem(f"has no effect with schedule.policy: {schedule.policy} (it has no troughs)", at="average")
         return checkpoint
 
     @property

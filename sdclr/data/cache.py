@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from sdclr.errors import StorageError
 
@@ -28,9 +28,12 @@ class TensorCache:
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`, or None."""
         try:
-            return load_file(self._path(key))
+            with safe_open(self._path(key), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+                digest = (file.metadata() or {}).get("digest")
         except (OSError, SafetensorError):
             return None
+        return tensors if digest == weights_hash(tensors.items()) else None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under `key`; raises StorageError when the disk refuses."""
@@ -38,7 +41,8 @@ class TensorCache:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, metadata={"digest": weights_hash(whole.items())})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

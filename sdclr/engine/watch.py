@@ -71,6 +71,10 @@ class Watch:
             "bins": losses.mean(axis=0).tolist(),
         }
 
+    def measure(self) -> float | None:
+        """The held-out loss of whatever weights the model has now, remembered nowhere; None when it is not finite."""
+        return _finite(float(self.run.losses(self.held_out, self.draws).mean()))
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to go on watching."""
         looks = {
@@ -84,6 +88,10 @@ class Watch:
         self.best, self.last = (Look(**state[name]) if state[name] else None for name in ("best", "last"))
         self.since_best, self.best_weights = state["since_best"], best_weights
         self.base = np.array(state["base"]) if state["base"] is not None else None
+
+    def forget_best(self) -> None:
+        """Begin to look for the best anew: the weights of the one so far are lost."""
+        self.best, self.best_weights, self.since_best = None, None, 0
 
     def _remember(self, look: Look) -> None:
         if self.best and look.loss >= self.best.loss:

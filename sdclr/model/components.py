@@ -43,7 +43,7 @@ class Components:
 
     def pipeline(self) -> StableDiffusionPipeline:
         """The parts as diffusers' pipeline, sharing weights."""
-        with _quiet():
+        with quiet_libraries():
             pipeline = StableDiffusionPipeline(
                 vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet, scheduler=self.sampler,
                 safety_checker=None, feature_extractor=None, requires_safety_checker=False,
@@ -53,7 +53,7 @@ class Components:
 
     def save_pipeline(self, folder: Path) -> None:
         """Write the parts as a diffusers folder that `StableDiffusionPipeline.from_pretrained` opens; safetensors only."""
-        with _quiet():
+        with quiet_libraries():
             self.pipeline().save_pretrained(folder, safe_serialization=True)
 
 
@@ -64,7 +64,7 @@ def load(config: ModelSection) -> Components:
     """
     check(config)
     try:
-        with _quiet():
+        with quiet_libraries():
             parts = (
                 _from_single_file(config) if config.base.endswith(".safetensors") else _from_folder_or_hub(config.base)
             )
@@ -332,7 +332,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Silence the libraries' own warnings and bars: what matters is checked and said here."""
     before = transformers.logging.get_verbosity(), diffusers.logging.get_verbosity()
     for library in (transformers, diffusers):

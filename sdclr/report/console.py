@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdclr.errors import SdclrError
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True, highlight=False)
 quiet = False
+LOG_WIDTH = 160
+"""Columns of a table that goes into a file or a pipe."""
 
 
 def say(text: str = "", style: str | None = None) -> None:
@@ -48,11 +50,11 @@ def error(problem: SdclrError) -> None:
 
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str | None = None) -> None:
-    """A small table, to stderr; the first column names, the others are numbers or words."""
+    """A small table, to stderr; the first column names, the others are numbers or words. No cell is cut: a narrow terminal folds it."""
     if quiet:
         return
     grid = Table(
-        *header,
+        *(Column(head, overflow="fold") for head in header),
         title=title,
         title_justify="left",
         show_header=bool(header),
@@ -63,7 +65,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
     for row in rows:
         cells = [escape(str(cell)) for cell in row]
         grid.add_row(f"[bold]{cells[0]}[/]" if not header else cells[0], *cells[1:])
-    console.print(grid)
+    wide = console if console.is_terminal else Console(stderr=True, highlight=False, width=LOG_WIDTH)
+    wide.print(grid)
 
 
 @contextmanager

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image, ImageDraw, ImageFont
 
 INK, MUTED, GRID = "#1b1f24", "#667085", "#e4e7ec"
@@ -48,8 +51,9 @@ def _exposure_panel(
             label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),
         )  # fmt: skip
     axes.axhline(1, color=MUTED, lw=1, ls=":")
-    lows = [float((losses.mean(axis=1) / base).min()) for _, _, losses in curves]
-    axes.set_ylim(min(lows) - 0.06 * (1 - min(lows)), 1 + max(0.05, 0.35 * (1 - min(lows))))
+    means = np.concatenate([losses.mean(axis=1) / base for _, _, losses in curves])
+    low = float(np.min(means, where=np.isfinite(means), initial=1.0))
+    axes.set_ylim(low - 0.06 * (1 - low), 1 + max(0.05, 0.35 * (1 - low)))
     axes.text(0.01, 1, " untouched base", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED, fontsize=9.5)
     best = result.get("best_exposure")
     if best:
@@ -154,37 +158,55 @@ def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = (
 
 
 def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
-    """Several runs laid over one another: rate, held-out loss and gap, against step (left) and exposure (right)."""
+    """Several runs laid over one another: rate, losses and gap, against step (left) and against exposure (right)."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12.4, 9.2), layout="constrained")
-        panels = figure.subplots(3, 2, sharex="col", sharey="row", height_ratios=(1, 1.8, 1.2))
-        for number, (name, records) in enumerate(runs):
-            look = {
-                "color": PALETTE[number % len(PALETTE)],
-                "ls": ("-", "--", ":", "-.")[number // len(PALETTE) % 4],
-                "lw": 1.8,
-            }
-            steps = [r for r in records if r["kind"] == "step"]
-            checks = [r for r in records if r["kind"] == "validation"]
-            for column, axis in enumerate(("step", "exposure")):
-                panels[0, column].plot([r[axis] for r in steps], [r["lr"] for r in steps], label=name, **look)
-                panels[1, column].plot([r[axis] for r in checks], [r["loss"] for r in checks], **look)
-                panels[2, column].plot([r[axis] for r in checks], [r["loss"] - r["train_loss"] for r in checks], **look)
-        for column, axis in enumerate(("optimizer step", "exposure S = Σ learning rate")):
-            panels[2, column].set_xlabel(axis)
-        for row, label in enumerate(("learning rate", "held-out loss", "gap to training images")):
+        names = [textwrap.fill(name.replace("$", r"\$"), 96) for name, _ in runs]  # a dollar would begin a formula
+        columns = max(1, min(4, 110 // (max(len(line) for name in names for line in name.splitlines()) + 6)))
+        figure = Figure(figsize=(12.4, 11.4 + 0.24 * -(-len(runs) // columns)), layout="constrained")
+        panels = figure.subplots(4, 2, sharex="col", sharey="row", height_ratios=(1, 1.7, 1.2, 1.1))
+        for number, (_, records) in enumerate(runs):
+            _run_in_panels(panels, records, _look_of_line(number))
+        for column, (axis, title) in enumerate(
+            (("optimizer step", "against step"), ("exposure S = Σ learning rate", "against exposure"))
+        ):
+            panels[3, column].set_xlabel(axis)
+            panels[0, column].set_title(title)
+        for row, label in enumerate(
+            ("learning rate", "held-out loss", "training loss,\nfixed draws", "gap: held-out\nminus training")
+        ):
             panels[row, 0].set_ylabel(label)
-        panels[0, 0].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        panels[0, 0].set_title("against step"), panels[0, 1].set_title("against exposure")
-        handles, labels = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)))
+        panels[0, 0].yaxis.set_major_formatter(lambda v, _: f"{v:.3g}")
+        handles = [Line2D([], [], **_look_of_line(number)) for number in range(len(runs))]
+        figure.align_ylabels(panels[:, 0])
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
         return _png(figure)
+
+
+def _look_of_line(number: int) -> dict[str, Any]:
+    """Seven colours, then the same colours in another stroke."""
+    stroke = ("-", "--", ":", "-.")[number // len(PALETTE) % 4]
+    return {"color": PALETTE[number % len(PALETTE)], "ls": stroke, "lw": 1.8}
+
+
+def _run_in_panels(panels: Any, records: list[dict[str, Any]], look: dict[str, Any]) -> None:
+    """One run's four curves; the lowest held-out loss is marked."""
+    steps = [r for r in records if r["kind"] == "step"]
+    checks = [r for r in records if r["kind"] == "validation"]
+    low = min(checks, key=lambda r: r["loss"], default=None)
+    for column, axis in enumerate(("step", "exposure")):
+        x = [r[axis] for r in checks]
+        panels[0, column].plot([r[axis] for r in steps], [r["lr"] for r in steps], **look)
+        panels[1, column].plot(x, [r["loss"] for r in checks], **look)
+        panels[2, column].plot(x, [r["train_loss"] for r in checks], **look)
+        panels[3, column].plot(x, [r["loss"] - r["train_loss"] for r in checks], **look)
+        if low:
+            panels[1, column].plot(low[axis], low["loss"], "v", color=look["color"], ms=9, mec="white", zorder=4)
 
 
 def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
     """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
     side = max(128, min(320, cells[0][0].width))
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    font, small = _font(15), _font(13)
     gap, left = 8, 190
     heads = [_wrapped(text, font, side) for text in columns]
     names = [_wrapped(text, small, left - 2 * gap) for text in rows]
@@ -204,6 +226,11 @@ def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: S
             canvas.paste(picture.resize((side, side), resample), (left + c * (side + gap), y))
         y += height[r] + gap
     return canvas
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans: Pillow's own font has no κ, and draws a box for it."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

@@ -5,7 +5,9 @@ No clock is in it: the lines of a run that was interrupted and resumed are, byte
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -25,30 +27,45 @@ HEADER = {
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished."""
+    """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished.
+
+    A disk that refuses a line does not stop the run: the line waits in memory until `sync`, which every checkpoint asks for first.
+    """
 
     def __init__(self, path: Path, upto_step: int | None = None, tensorboard: Path | None = None):
         self.path = path
-        self.board = _tensorboard(tensorboard) if tensorboard else None
         kept = [r for r in read(path) if r["step"] <= upto_step] if upto_step is not None else []
-        partial = path.with_name(f".{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(map(_line, [HEADER, *kept])))
-        partial.replace(path)
-        self.file = path.open("a")
+        text = "".join(map(_line, [HEADER, *kept])).encode()
+        self._digest = hashlib.sha256(text)
+        self.waiting = b""
+        self.file = self._begin(text)
+        self.board = _tensorboard(tensorboard, upto_step) if tensorboard else None
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One record; `step` is the number of optimizer steps done."""
-        self.file.write(_line({"kind": kind, "step": step, **values}))
-        self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board.add_scalar(f"{kind}/{name}", value, step)
+        line = _line({"kind": kind, "step": step, **values}).encode()
+        self._digest.update(line)
+        self.waiting += line
+        with contextlib.suppress(OSError):
+            self._write()
+            if self.board:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    @property
+    def digest(self) -> str:
+        """Of all lines so far: a checkpoint keeps it, and a resumed run knows by it whether its curves are whole."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Make everything written so far survive a power cut."""
-        self.file.flush()
+        """Make everything added so far survive a power cut; raises OSError. A file that has vanished is written again."""
+        self._write()
+        if not self.path.exists():
+            self.file.seek(0)
+            text = self.file.readall()
+            self.file.close()
+            self.file = self._begin(text)
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
@@ -56,6 +73,24 @@ class MetricsLog:
         self.file.close()
         if self.board:
             self.board.close()
+
+    def _begin(self, text: bytes) -> io.FileIO:
+        """The file with this text, written whole, open for more."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+        self.whole = len(text)
+        return io.FileIO(self.path, "a+")
+
+    def _write(self) -> None:
+        while self.waiting:
+            self.file.truncate(self.whole)  # a write that failed may have left a part of itself
+            written = self.file.write(self.waiting)
+            self.whole, self.waiting = self.whole + written, self.waiting[written:]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -89,17 +124,18 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except ValueError:
-                return  # the line the run died in; nothing follows it
-            if isinstance(record, dict) and record.get("kind") in ("step", "validation"):
+                continue  # the line the run died in, or a damaged one
+            known = isinstance(record, dict) and record.get("kind") in ("step", "validation")
+            if known and isinstance(record.get("step"), int):
                 yield record
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(folder: Path, upto_step: int | None) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -107,4 +143,4 @@ def _tensorboard(folder: Path) -> Any:
             "run.tensorboard: true needs tensorboard, which is not installed",
             hint="pip install 'sdclr[tensorboard]', or leave run.tensorboard out: metrics.csv and report.html hold the same numbers",
         ) from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=None if upto_step is None else upto_step + 1)

@@ -1,0 +1,458 @@
+"""Does cycling pay? The published experiments replayed on the embedded model, and the controls that make them decidable.
+
+    make study                                   # all of it, at most three hours on two cores; stopped, it goes on where it was
+    python tests/benchmarks/study.py --quick     # a smaller one in about ten minutes, into build/study-quick/results
+
+Four parts, each of jobs that need nothing of one another:
+
+    replays    every file of configs/cycling, measured along the way
+    schedules  each schedule against constant at equal exposure and equal steps; pairs share seed, split, batches, noise
+    sizes      the same with more training pictures
+    ladder     pictures drawn at the troughs: likeness, obedience and variety against κ at several rates
+
+What is measured is measured on pictures of the subject that no run has seen, drawn by code. Finished runs lie in build/study/
+(`engine.arms.Bench` keeps them) and are never run twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(Path(__file__).parent)]
+
+import study_report  # noqa: E402
+from portraits import (  # noqa: E402
+    Portrait,
+    background_colour,
+    distinct_portraits,
+    draw,
+    mochi_likeness,
+    shirt_colour,
+)
+
+from sdclr.config import source  # noqa: E402
+from sdclr.data import pairs as pairs_  # noqa: E402
+from sdclr.data.cache import key_of  # noqa: E402
+from sdclr.data.pairs import Pair, Split  # noqa: E402
+from sdclr.engine.folder import read_json, write_json  # noqa: E402
+from sdclr.engine.plan import Inputs, find_range_test, make_plan, read_inputs  # noqa: E402
+from sdclr.errors import DivergenceError, InputError  # noqa: E402
+from sdclr.lr.schedule import Group, Schedule  # noqa: E402
+from sdclr.report import console  # noqa: E402
+
+DEMO = ROOT / "configs" / "demo.yaml"
+MOCHI = ROOT / "data" / "mochi"
+REPLAYS = ROOT / "configs" / "cycling"
+GROUPS = (Group(3, 1.0), Group(2, 0.5), Group(1.5, 0.25))
+LOOK_EVERY = 20
+CYCLE_KAPPA = 0.5
+"""Exposure of one cycle of the ladder, in units of the best one: its troughs are at κ = 0.5, 1, 1.5, ..."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is run. `factors` are the tops of a plain triangle as multiples of the ceiling; constant runs at half of that."""
+
+    seeds: tuple[int, ...] = (1, 2, 3)
+    folds: tuple[int, ...] = (0, 1, 2, 3)
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    cycles: tuple[int, ...] = (1, 2, 4, 8, 25)
+    sizes: tuple[int, ...] = (64, 256)
+    size_sets: tuple[int, ...] = (0, 1, 2)
+    replays: tuple[str, ...] = tuple(sorted(p.stem for p in REPLAYS.glob("*.yaml")))
+    rates: tuple[float, ...] = (0.25, 1.0, 2.0)
+    rungs: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    truth: int = 48
+    draws: int = 8
+    prompts: int = 12
+    pictures: int = 4
+    sampler_steps: int = 20
+
+
+QUICK = Scale(
+    seeds=(1, 2), folds=(0, 1), factors=(1.0, 2.0), cycles=(1, 4), sizes=(), replays=("constant", "ten-epochs"),
+    rates=(0.25, 1.0), rungs=(1, 2, 4), truth=40, draws=4, prompts=6, pictures=3,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What every job needs to know."""
+
+    scale: Scale
+    base: str
+    build: Path
+    ceiling: float
+    best_exposure: float
+    overrides: tuple[str, ...] = ()
+
+    def settings(self, seed: int, *more: str) -> list[str]:
+        """--set lines that turn a shipped config into one of this study's runs."""
+        return [
+            f"run.seed={seed}", f"run.output_dir={self.build / 'runs'}", f"model.base={self.base}", f"data.images={MOCHI}",
+            f"validation.timesteps_per_image={self.scale.draws}", "range_test.max_steps=1000000", *self.overrides, *more,
+        ]  # fmt: skip
+
+
+Job = tuple[str, tuple[Any, ...]]
+"""The name of a part and what tells its job from the part's others."""
+
+
+def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> Path:
+    """Run what is missing, then write tables, figures and JSON; returns their folder."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a smaller study in about ten minutes")
+    parser.add_argument("--ceiling", type=float, help="of the learning rate [default: from the newest range test]")
+    parser.add_argument("--best-exposure", type=float, help="S* [default: from the newest range test]")
+    parser.add_argument("--base", default=str(ROOT / "data" / "tiny-sd"), help="model")
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--build", type=Path, help="where finished runs are kept [default: build/study]")
+    parser.add_argument("--results", type=Path, help="where tables and figures go [default: tests/benchmarks/results]")
+    parser.add_argument("--set", action="append", default=[], help="as in sdclr, for every run")
+    args = parser.parse_args(arguments)
+    build = (args.build or ROOT / "build" / ("study-quick" if args.quick else "study")).resolve()
+    results = args.results or (build / "results" if args.quick else ROOT / "tests" / "benchmarks" / "results")
+    ceiling, best = measured_scale(args.base, args.ceiling, args.best_exposure)
+    study = Study(scale or (QUICK if args.quick else Scale()), args.base, build, ceiling, best, tuple(args.set))
+    draw_truth(study)
+    rows = run_jobs(study, [job for part in args.only for job in PARTS[part].jobs(study)], args.workers)
+    record = {"base": Path(args.base).name, "ceiling": ceiling, "best_exposure": best,
+              "scale": dataclasses.asdict(study.scale), **{part: rows.get(part, []) for part in PARTS}}  # fmt: skip
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / "study.json", record)
+    study_report.write(results, json.loads((results / "study.json").read_text()), build)
+    console.result(str(results / "study.md"))
+    return results
+
+
+def measured_scale(base: str, ceiling: float | None, best: float | None) -> tuple[float, float]:
+    """Ceiling and S*: as given, or of the newest range test of the demo, which is run when there is none."""
+    if ceiling and best:
+        return ceiling, best
+    loaded = source.load(DEMO, [f"model.base={base}", f"data.images={MOCHI}"])
+    inputs = read_inputs(loaded)
+    if find_range_test(loaded.config, inputs) is None:
+        from sdclr.commands.range_test import range_test
+
+        range_test(DEMO, [f"model.base={base}"])
+    found = find_range_test(loaded.config, inputs)
+    if found is None or not found[1]["ceiling"] or not found[1]["best_exposure"]:
+        raise InputError(
+            "the range test names no ceiling or no best exposure", hint="give --ceiling and --best-exposure"
+        )
+    return ceiling or found[1]["ceiling"]["lr"], best or found[1]["best_exposure"]["value"]
+
+
+# The jobs, in processes of one thread each ----------------------------------------------------------------------------------
+
+
+def run_jobs(study: Study, jobs: Sequence[Job], workers: int) -> dict[str, list[dict[str, Any]]]:
+    """Every job's rows by part, in the order of the jobs."""
+    rows: dict[str, list[dict[str, Any]]] = {}
+    with console.progress("study", len(jobs)) as bar:
+        for (part, about), found in zip(jobs, _results(study, jobs, workers), strict=True):
+            rows.setdefault(part, []).extend(found)
+            bar.advance(f"{part} {' '.join(map(str, about))}")
+    return rows
+
+
+def _results(study: Study, jobs: Sequence[Job], workers: int) -> Iterator[list[dict[str, Any]]]:
+    if workers < 2:
+        yield from (run_job(study, job) for job in jobs)
+        return
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=spawn, initializer=_one_thread) as pool:
+        yield from pool.map(run_job, itertools.repeat(study), jobs)
+
+
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    console.quiet = True
+
+
+def run_job(study: Study, job: Job) -> list[dict[str, Any]]:
+    """One job of one part."""
+    part, about = job
+    return PARTS[part].run(study, *about)
+
+
+def make_bench(study: Study, loaded: source.LoadedConfig, inputs: Inputs, name: str) -> Any:
+    """A Bench on one Run that is kept alive over many arms; it holds out the split's own pictures and those of the truth."""
+    from sdclr.engine.arms import Bench
+    from sdclr.engine.run import Run
+
+    truth = pairs_.find(study.build / "truth")
+    inputs = Inputs(Split(inputs.split.train, (*inputs.split.validation, *truth)), inputs.batches)
+    run = Run(loaded.config, inputs)
+    assert run.held_out is not None
+    return Bench(run, run.held_out, loaded.config, study.build / "arms" / name)
+
+
+def losses_of(bench: Any, losses: np.ndarray) -> dict[str, float]:
+    """(images, draws) as the mean over the truth, and over the few pictures that the split holds out (when it does)."""
+    each = losses.mean(axis=1)
+    is_truth = np.array([key.startswith("truth-") for key in bench.draws.keys])
+    return {"truth": float(each[is_truth].mean())} | (
+        {"held_out": float(each[~is_truth].mean())} if (~is_truth).any() else {}
+    )
+
+
+def run_schedule(bench: Any, name: str, schedule: Schedule, points: set[int]) -> Any:
+    """One run from the untouched weights, measured after the steps in `points` and at its end; read from disk if it is there."""
+    last = schedule.steps
+    text = f"{name}-{key_of(repr(schedule))[:10]}"
+    return bench.arm(
+        text, schedule.max_lr, schedule, lambda a: a.steps[-1] >= last, lambda n, s: n in points or n >= last
+    )
+
+
+# Schedules, and sizes -------------------------------------------------------------------------------------------------------
+
+
+def schedules(exposure: float, mean_rate: float, cycles: Sequence[int]) -> dict[str, Schedule]:
+    """The schedules to compare: all of the same number of steps, all of exactly the same exposure."""
+    steps = max(2, round(exposure / mean_rate))
+    shapes = {"constant": Schedule("constant", 1.0, steps), "linear to zero": Schedule("linear", 1.0, steps)}
+    for count in cycles:
+        name = f"{count} cycle{'s' if count > 1 else ''}"
+        shapes[name] = Schedule("triangular", 1.0, steps, step_size=steps / (2 * count))
+    shapes["groups 3 + 2 + 1.5"] = Schedule("triangular", 1.0, steps, step_size=steps / 13, start="peak", groups=GROUPS)
+    return {
+        name: dataclasses.replace(shape, max_lr=exposure / float(shape.rates().sum())) for name, shape in shapes.items()
+    }
+
+
+def schedule_jobs(study: Study) -> list[Job]:
+    return [("schedules", pair) for pair in itertools.product(study.scale.seeds, study.scale.folds)]
+
+
+def schedule_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
+    """All schedules at all rates for one seed and split."""
+    loaded = source.load(DEMO, study.settings(seed))
+    bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"schedules-{seed}-{fold}")
+    return _compare(
+        study, bench, study.best_exposure, study.scale.factors, study.scale.cycles, {"seed": seed, "fold": fold}
+    )
+
+
+def size_jobs(study: Study) -> list[Job]:
+    return [("sizes", job) for job in itertools.product(study.scale.sizes, study.scale.seeds, study.scale.size_sets)]
+
+
+def size_job(study: Study, size: int, seed: int, number: int) -> list[dict[str, Any]]:
+    """Some schedules on `size` training pictures; exposure grows with the root of their number (research: prior of S*)."""
+    folder = study.build / f"pictures-{size}-{number}"
+    draw_subject(
+        folder, f"mochi-{number}", size, seed=9_000 + 100 * number + size, avoid=captions_of(study.build / "truth")
+    )
+    settings = study.settings(seed, f"data.images={folder}", "validation.fraction=0")
+    loaded = source.load(DEMO, settings)
+    bench = make_bench(study, loaded, read_inputs(loaded), f"sizes-{size}-{seed}-{number}")
+    exposure = study.best_exposure * (size / 16) ** 0.5
+    return _compare(study, bench, exposure, (1.0,), (4,), {"size": size, "seed": seed, "fold": number})
+
+
+def _compare(
+    study: Study, bench: Any, exposure: float, factors: Sequence[float], cycles: Sequence[int], about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    rows = []
+    untouched = losses_of(bench, bench.base())
+    for factor in factors:
+        for name, schedule in schedules(exposure, factor * study.ceiling / 2, cycles).items():
+            arm = run_schedule(bench, f"{name.replace(' ', '-')}-{factor}", schedule, set())
+            whole = not arm.diverged and len(arm.steps) and arm.steps[-1] == schedule.steps
+            rows.append({
+                **about, "factor": factor, "schedule": name, "peak": schedule.max_lr, "steps": schedule.steps,
+                "exposure": float(schedule.rates().sum()), "base": untouched, "end": losses_of(bench, arm.losses[-1]) if whole else None,
+            })  # fmt: skip
+    return rows
+
+
+# Replays --------------------------------------------------------------------------------------------------------------------
+
+
+def replay_jobs(study: Study) -> list[Job]:
+    return [("replays", (name,)) for name in study.scale.replays]
+
+
+def replay_job(study: Study, name: str) -> list[dict[str, Any]]:
+    """One shipped config, its own split and rates, measured every 20 steps."""
+    settings = [s for s in study.settings(0) if not s.startswith("run.seed")]
+    loaded = source.load(REPLAYS / f"{name}.yaml", settings)
+    inputs = read_inputs(loaded)
+    schedule = make_plan(loaded, inputs).schedule
+    bench = make_bench(study, loaded, inputs, f"replays-{name}")
+    arm = run_schedule(bench, name, schedule, set(range(LOOK_EVERY, schedule.steps, LOOK_EVERY)))
+    looks = [losses_of(bench, losses) for losses in (bench.base(), *arm.losses)]
+    return [{
+        "config": name, "peak": schedule.max_lr, "steps": [0, *map(int, arm.steps)], "exposure": [0.0, *arm.exposure.tolist()],
+        "losses": looks, "rates": schedule.rates().tolist(), "diverged": arm.diverged,
+    }]  # fmt: skip
+
+
+# The ladder -----------------------------------------------------------------------------------------------------------------
+
+
+def ladder_jobs(study: Study) -> list[Job]:
+    return [("ladder", pair) for pair in itertools.product(study.scale.seeds, study.scale.rates)]
+
+
+def ladder_job(study: Study, seed: int, rate: float) -> list[dict[str, Any]]:
+    """One cyclical run whose troughs are drawn from; kept on disk when it is whole."""
+    loaded = source.load(DEMO, study.settings(seed))
+    bench = make_bench(study, loaded, read_inputs(loaded), f"ladder-{seed}-{rate}")
+    schedule, cycle = ladder_schedule(study, rate)
+    prompts = sampled_prompts(study)
+    key = key_of(bench.key, repr(schedule), repr(prompts), repr(study.scale), cycle)
+    kept = bench.folder / "ladder.json"
+    try:
+        if (stored := read_json(kept))["key"] == key:
+            return stored["rows"]
+    except (InputError, KeyError):
+        pass
+    rows = list(climb(study, bench, schedule, cycle, prompts, {"seed": seed, "rate": rate}))
+    write_json(kept, {"key": key, "rows": rows})
+    return rows
+
+
+def ladder_schedule(study: Study, rate: float) -> tuple[Schedule, int]:
+    """Triangles of κ = 0.5 each, with their tops as near to the rate as whole steps allow; and the steps of one cycle."""
+    exposure = CYCLE_KAPPA * study.best_exposure
+    cycle = max(2, round(exposure / (rate * study.ceiling / 2)))
+    shape = Schedule("triangular", 1.0, cycle * max(study.scale.rungs), step_size=cycle / 2)
+    return dataclasses.replace(shape, max_lr=exposure * max(study.scale.rungs) / float(shape.rates().sum())), cycle
+
+
+def climb(
+    study: Study, bench: Any, schedule: Schedule, cycle: int, prompts: Sequence[Portrait], about: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The untouched base, then each trough that is a rung: its losses and what its pictures show."""
+    from sdclr.engine.loop import optimizer_steps
+
+    run = bench.run
+    painter = Painter(study, run, prompts, bench.folder)
+    untouched = run.fresh_state()
+    yield {
+        **about,
+        "kappa": 0.0,
+        "step": 0,
+        **losses_of(bench, run.losses(bench.held_out, bench.draws)),
+        **painter.look(0),
+    }
+    steps = optimizer_steps(
+        untouched, run.inputs.batches, run.loss, schedule, schedule.steps, run.accelerator, bench.config.optimizer.max_grad_norm
+    )  # fmt: skip
+    due = {rung * cycle: rung for rung in study.scale.rungs}
+    try:
+        for result in steps:
+            if result.step in due:
+                losses = losses_of(bench, run.losses(bench.held_out, bench.draws))
+                kappa = result.exposure / study.best_exposure
+                yield {**about, "kappa": kappa, "step": result.step, **losses, **painter.look(due[result.step])}
+    except DivergenceError:
+        return
+
+
+class Painter:
+    """Draws the same prompts from the same noise with whatever weights the run has, and reads the pictures by code."""
+
+    def __init__(self, study: Study, run: Any, prompts: Sequence[Portrait], folder: Path):
+        self.scale, self.run, self.prompts, self.folder = study.scale, run, prompts, folder
+        self.pipeline = run.parts.pipeline().to(run.device)
+
+    def look(self, rung: int) -> dict[str, Any]:
+        """For each prompt: likeness to the subject, share of colours obeyed, variety between seeds."""
+        found = []
+        for number, portrait in enumerate(self.prompts):
+            pictures = self._draw(portrait.caption, number)
+            if number % (len(self.prompts) // 2) == 0:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                pictures[0].save(self.folder / f"rung-{rung}-{portrait.subject}.png")
+            right = [
+                (background_colour(p) == portrait.background) + (shirt_colour(p) == portrait.shirt) for p in pictures
+            ]
+            found.append({
+                "subject": portrait.subject, "likeness": float(np.mean([mochi_likeness(p) for p in pictures])),
+                "obedience": float(np.mean(right)) / 2, "variety": variety(pictures),
+            })  # fmt: skip
+        return {"prompts": found}
+
+    def _draw(self, caption: str, number: int) -> list[Any]:
+        import torch
+
+        seeds = [torch.Generator().manual_seed(1_000 * number + i) for i in range(self.scale.pictures)]
+        return self.pipeline(
+            [caption] * len(seeds), generator=seeds, guidance_scale=3.0, num_inference_steps=self.scale.sampler_steps, height=64, width=64
+        ).images  # fmt: skip
+
+
+def variety(pictures: Sequence[Any]) -> float:
+    """Root mean square difference of two pictures' pixels, as a share of white, mean over all pairs."""
+    arrays = [np.asarray(picture, dtype=float) / 255 for picture in pictures]
+    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(arrays, 2)]))
+
+
+def sampled_prompts(study: Study) -> list[Portrait]:
+    """Half of the prompts name the subject in attributes that no picture of it has, half a person: what they lose is the price."""
+    known, half = captions_of(MOCHI), study.scale.prompts // 2
+    return [*distinct_portraits(501, half, "mochi", known), *distinct_portraits(502, half)]
+
+
+# Pictures drawn by code -----------------------------------------------------------------------------------------------------
+
+
+def draw_truth(study: Study) -> None:
+    """Pictures of the subject that nothing is trained on: what every run of the study is measured with."""
+    known = captions_of(MOCHI)
+    draw_subject(study.build / "truth", "truth", study.scale.truth, seed=4_321, avoid=known)
+
+
+def draw_subject(folder: Path, prefix: str, count: int, seed: int, avoid: frozenset[str]) -> None:
+    """`count` captioned pictures of mochi; a folder that has them already is left alone."""
+    if len(list(folder.glob("*.png"))) == count:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.iterdir():
+        stale.unlink()
+    for i, portrait in enumerate(distinct_portraits(seed, count, "mochi", avoid)):
+        draw(portrait, seed * 1_000 + i).save(folder / f"{prefix}-{i:03d}.png")
+        (folder / f"{prefix}-{i:03d}.txt").write_text(portrait.caption + "\n")
+
+
+def captions_of(folder: Path) -> frozenset[str]:
+    pairs: list[Pair] = pairs_.find(folder)
+    return frozenset(pair.caption for pair in pairs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of the study: its jobs, and how one is run."""
+
+    jobs: Callable[[Study], list[Job]]
+    run: Callable[..., list[dict[str, Any]]]
+
+
+PARTS = {
+    "schedules": Part(schedule_jobs, schedule_job),
+    "ladder": Part(ladder_jobs, ladder_job),
+    "replays": Part(replay_jobs, replay_job),
+    "sizes": Part(size_jobs, size_job),
+}
+
+if __name__ == "__main__":
+    main()

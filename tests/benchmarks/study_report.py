@@ -1,0 +1,325 @@
+"""The study's tables (Markdown) and figures (PNG), from its JSON alone. No difference is shown without its interval."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+
+from sdclr.lr.paired import half_width
+from sdclr.report.figures import MUTED, PALETTE, STYLE, grid
+
+Rows = Sequence[dict[str, Any]]
+
+
+def write(folder: Path, record: dict[str, Any], build: Path) -> None:
+    """study.md and every figure that the record has numbers for."""
+    text = [
+        "# The cycling study",
+        (
+            f"Base `{record['base']}`, ceiling {record['ceiling']:.3g}, best exposure S\\* {record['best_exposure']:.3g}. Losses are of "
+            f"{record['scale']['truth']} pictures of the subject, drawn by code, that no run has seen. Intervals are 95 %, Student's t "
+            "over the pairs."
+        ),
+    ]
+    for part, tell in (("schedules", tell_schedules), ("sizes", tell_sizes), ("ladder", tell_ladder), ("replays", tell_replays)):  # fmt: skip
+        if record[part]:
+            text += tell(folder, record, build)
+    (folder / "study.md").write_text("\n\n".join(text) + "\n")
+
+
+# Schedules against constant -------------------------------------------------------------------------------------------------
+
+
+def paired(rows: Rows, where: str = "truth") -> list[dict[str, Any]]:
+    """Each schedule against constant within its seed, split, rate and size: mean difference as a share of constant's gain.
+
+    A pair counts when both runs ended finite; `diverged` says how many did not.
+    """
+    unit: Callable[[dict[str, Any]], tuple[Any, ...]] = lambda r: (r["seed"], r["fold"], r.get("size"))  # noqa: E731
+    constants = {(r["factor"], *unit(r)): r for r in rows if r["schedule"] == "constant"}
+    found = []
+    for (factor, size, name), group in _grouped(rows, lambda r: (r["factor"], r.get("size") or 0, r["schedule"])):
+        pairs = [(r, constants[factor, *unit(r)]) for r in group]
+        whole = [(r["end"][where], c["end"][where], c["base"][where]) for r, c in pairs if r["end"] and c["end"]]
+        line = {"factor": factor, "size": size, "schedule": name, "peak": group[0]["peak"], "steps": group[0]["steps"],
+                "pairs": len(whole), "diverged": sum(not r["end"] for r in group)}  # fmt: skip
+        if whole:
+            ours, constant, base = np.array(whole).T
+            gain = float((base - constant).mean())
+            shares = (ours - constant) / gain
+            line |= {"loss": float(ours.mean()), "gain": gain, "difference": float(shares.mean()), "half": half_width(shares),
+                     "better": int((shares < 0).sum())}  # fmt: skip
+        found.append(line)
+    return found
+
+
+def tell_schedules(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    lines = paired(record["schedules"])
+    (folder / "schedules.png").write_bytes(draw_schedules(lines))
+    ours = [line for line in lines if line["schedule"] != "constant" and "difference" in line]
+    excluding = sum(abs(line["difference"]) > line["half"] for line in ours)
+    return [
+        "## Each schedule against constant, at equal exposure and equal steps",
+        (
+            "Difference to constant in the same seed, split, batches and noise, as a share of what constant training gains; below zero "
+            "is better than constant. A triangle's top is the multiple of the ceiling in the first column; constant runs at half of that; "
+            f"all collect κ = 1. {len(ours)} intervals are shown; {excluding} exclude zero, and {0.05 * len(ours):.1f} would by chance alone."
+        ),
+        _schedule_table(lines, ("top / ceiling", lambda line: f"{line['factor']:g}")),
+        "![Each schedule against constant](schedules.png)",
+    ]
+
+
+def tell_sizes(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    return [
+        "## More training pictures",
+        (
+            "The same with more pictures of the subject to train on, a plain triangle's top at the ceiling, exposure growing with the root "
+            "of their number."
+        ),
+        _schedule_table(paired(record["sizes"]), ("pictures", lambda line: str(line["size"]))),
+    ]
+
+
+def _schedule_table(lines: Rows, first: tuple[str, Callable[[dict[str, Any]], str]]) -> str:
+    head = (
+        first[0],
+        "schedule",
+        "peak rate",
+        "steps",
+        "loss",
+        "difference, share of the gain",
+        "better in",
+        "diverged",
+    )
+    rows = []
+    for line in lines:
+        plain = line["schedule"] == "constant" or "difference" not in line
+        difference = "—" if plain else f"{line['difference']:+.2%} ± {line['half']:.2%}"
+        rows.append((
+            first[1](line), line["schedule"], f"{line['peak']:.2e}", line["steps"], f"{line['loss']:.5f}" if "loss" in line else "—",
+            difference, "—" if plain else f"{line['better']} of {line['pairs']}", line["diverged"] or "",
+        ))  # fmt: skip
+    return table(head, rows)
+
+
+def draw_schedules(lines: Rows) -> bytes:
+    """One panel a rate: every schedule's difference to constant with its interval."""
+    factors = sorted({line["factor"] for line in lines})
+    names = [n for n in dict.fromkeys(line["schedule"] for line in lines) if n != "constant"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 1.6 + 0.5 * len(names)), layout="constrained")
+        panels = np.atleast_1d(figure.subplots(1, len(factors), sharey=True))
+        for axes, factor in zip(panels, factors, strict=True):
+            for line in lines:
+                if line["factor"] != factor or line["schedule"] == "constant" or "difference" not in line:
+                    continue
+                place, half = names.index(line["schedule"]), line["half"]
+                clear = abs(line["difference"]) > half
+                colour = MUTED if not clear else PALETTE[2] if line["difference"] < 0 else PALETTE[1]
+                half = half if np.isfinite(half) else 0.0
+                axes.errorbar(line["difference"], place, xerr=half, fmt="o", color=colour, capsize=4, lw=2, ms=7)
+            axes.axvline(0, color=MUTED, lw=1)
+            axes.set_title(f"top at {factor:g} × the ceiling")
+            axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.1%}")
+            axes.tick_params(axis="x", labelsize=9.5)
+            axes.locator_params(axis="x", nbins=4)
+        panels[0].set_yticks(range(len(names)), names)
+        panels[0].invert_yaxis()
+        figure.supxlabel(
+            "difference to constant at equal exposure, share of the gain (left is better; grey: the interval holds zero)",
+            fontsize=11,
+        )
+        return _png(figure)
+
+
+# The ladder -----------------------------------------------------------------------------------------------------------------
+
+MEASURES = (
+    ("likeness", "mochi", "likeness to the subject", "share of the face that is mochi's mint"),
+    ("obedience", "mochi", "obedience, subject's prompts", "share of colours as asked"),
+    ("variety", "mochi", "variety between seeds", "r.m.s. pixel difference"),
+    ("obedience", "person", "obedience, other prompts", "share of colours as asked"),
+    ("likeness", "person", "leak into other prompts", "share of the face that is mint"),
+)
+
+
+def rungs(rows: Rows) -> list[dict[str, Any]]:
+    """Mean over training seeds of every measure for each rate and rung, with an interval over prompts."""
+    found = []
+    for (rate, rung), group in _grouped(rows, lambda r: (r["rate"], round(r["kappa"], 1))):
+        line: dict[str, Any] = {"rate": rate, "kappa": rung, "step": group[0]["step"], "seeds": len(group),
+                                "loss": float(np.mean([r["truth"] for r in group]))}  # fmt: skip
+        for measure, subject, name, _ in MEASURES:
+            each = np.array([[p[measure] for p in r["prompts"] if p["subject"] == subject] for r in group]).mean(axis=0)
+            line[name] = (float(each.mean()), half_width(each))
+        found.append(line)
+    return found
+
+
+def tell_ladder(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    lines = rungs(record["ladder"])
+    (folder / "ladder.png").write_bytes(draw_ladder(lines))
+    pictures = ladder_grid(record, build)
+    if pictures:
+        (folder / "ladder-grid.png").write_bytes(pictures)
+    head = ("top / ceiling", "κ", "step", "loss", *(name for _, _, name, _ in MEASURES))
+    rows = [
+        (f"{x['rate']:g}", f"{x['kappa']:.1f}", x["step"], f"{x['loss']:.4f}", *(f"{x[n][0]:.3f} ± {x[n][1]:.3f}" for _, _, n, _ in MEASURES))
+        for x in lines
+    ]  # fmt: skip
+    return [
+        "## The ladder: what the pictures show at each trough",
+        "Means over training seeds, prompts and sampling seeds; the interval is over prompts. κ = 0 is the untouched base.",
+        table(head, rows),
+        "![Likeness, obedience and variety against κ](ladder.png)",
+        *(["![The same prompt and seed at every rung](ladder-grid.png)"] if pictures else []),
+    ]
+
+
+def draw_ladder(lines: Rows) -> bytes:
+    """A panel a measure and one of the loss, against κ; a line a rate."""
+    rates = sorted({line["rate"] for line in lines})
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 7.4), layout="constrained")
+        panels = figure.subplots(2, 3, sharex=True).ravel()
+        for rate, colour, mark in zip(rates, PALETTE, itertools.cycle("os^D"), strict=False):
+            own = [line for line in lines if line["rate"] == rate]
+            x = [line["kappa"] for line in own]
+            look = {"color": colour, "marker": mark, "lw": 1.8, "ms": 6}
+            panels[0].plot(x, [line["loss"] for line in own], label=f"top at {rate:g} × the ceiling", **look)
+            for axes, (_, _, name, _) in zip(panels[1:], MEASURES, strict=True):
+                middle, half = np.array([line[name] for line in own]).T
+                axes.plot(x, middle, **look)
+                axes.fill_between(x, middle - half, middle + half, color=colour, alpha=0.12, lw=0)
+        panels[0].set(title="held-out loss", ylabel="mean squared error")
+        for axes, (_, _, name, unit) in zip(panels[1:], MEASURES, strict=True):
+            axes.set(title=name, ylabel=unit)
+            axes.set_ylim(bottom=0, top=None if name.startswith(("variety", "leak")) else 1.03)
+        for axes in panels[3:]:
+            axes.set_xlabel("κ = exposure / best exposure")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        return _png(figure)
+
+
+def ladder_grid(record: dict[str, Any], build: Path) -> bytes | None:
+    """The pictures of the first training seed: a column a rung, two rows a rate."""
+    seed = record["scale"]["seeds"][0]
+    columns = [0, *record["scale"]["rungs"]]
+    rows, cells = [], []
+    for rate in record["scale"]["rates"]:
+        for subject in ("mochi", "person"):
+            paths = [build / "arms" / f"ladder-{seed}-{rate}" / f"rung-{rung}-{subject}.png" for rung in columns]
+            if all(path.is_file() for path in paths):
+                rows.append(f"{'subject' if subject == 'mochi' else 'another person'}\ntop at {rate:g} × ceiling")
+                cells.append([Image.open(path).convert("RGB") for path in paths])
+    if not cells:
+        return None
+    buffer = io.BytesIO()
+    grid(cells, ["base", *(f"κ {0.5 * rung:g}" for rung in columns[1:])], rows).save(buffer, "png")
+    return buffer.getvalue()
+
+
+# Replays --------------------------------------------------------------------------------------------------------------------
+
+
+def tell_replays(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    rows = record["replays"]
+    (folder / "published.png").write_bytes(draw_published(rows))
+    (folder / "replays.png").write_bytes(draw_replays(rows))
+    lines = []
+    for row in rows:
+        losses = [look["truth"] for look in row["losses"]]
+        low = int(np.argmin(losses))
+        lines.append((
+            row["config"], f"{row['peak']:.3g}", row["steps"][-1], f"{row['exposure'][-1]:.3g}", f"{row['exposure'][-1] / record['best_exposure']:.2f}",
+            f"{losses[low]:.5f}", row["steps"][low], f"{row['exposure'][low]:.3g}", f"{losses[-1]:.5f}", f"{row['rates'][-1] / row['peak']:.2f}",
+        ))  # fmt: skip
+    head = (
+        "config",
+        "peak",
+        "steps",
+        "exposure",
+        "κ",
+        "lowest loss",
+        "at step",
+        "at exposure",
+        "last loss",
+        "last rate / peak",
+    )
+    return [
+        "## The published runs, replayed",
+        "One run each, as shipped in `configs/cycling/`: a replay, not a comparison (exposures differ, there are no pairs).",
+        table(head, lines),
+        "![The learning rates](published.png)",
+        "![Loss against step and exposure](replays.png)",
+    ]
+
+
+def draw_published(rows: Rows) -> bytes:
+    """Every replayed schedule, the form that was run beside the form that starts low."""
+    count = -(-len(rows) // 2)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 1.9 * count + 0.6), layout="constrained")
+        panels = figure.subplots(count, 2, sharey=True, squeeze=False)
+        for axes in panels.ravel()[len(rows) :]:
+            axes.set_visible(False)
+        for axes, row in zip(panels.ravel(), sorted(rows, key=lambda r: r["config"]), strict=False):
+            rates = np.array(row["rates"])
+            axes.plot(rates, color=PALETTE[1 if row["config"].endswith("everydream") else 0], lw=1.2)
+            axes.plot(len(rates) - 1, rates[-1], "o", color="black", ms=5)
+            axes.set_title(f"{row['config']}: ends at {rates[-1] / rates.max():.2g} of its peak", fontsize=11)
+            axes.yaxis.set_major_formatter(lambda v, _: f"{v:.2g}")
+        figure.supxlabel("optimizer step", fontsize=11)
+        figure.supylabel("learning rate", fontsize=11)
+        return _png(figure)
+
+
+def draw_replays(rows: Rows) -> bytes:
+    """Loss on the unseen pictures, against step and against exposure."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12.4, 6.0), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        for number, row in enumerate(rows):
+            losses = [look["truth"] for look in row["losses"]]
+            look = {"color": PALETTE[number % len(PALETTE)], "ls": ("-", "--")[number // len(PALETTE) % 2], "lw": 1.8}
+            panels[0].plot(row["steps"], losses, label=row["config"], **look)
+            panels[1].plot(row["exposure"], losses, **look)
+        panels[0].set(xlabel="optimizer step", ylabel="loss on unseen pictures", title="against step")
+        panels[1].set(xlabel="exposure S = Σ learning rate", title="against exposure")
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        return _png(figure)
+
+
+# Parts ----------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def _grouped(rows: Rows, key: Callable[[dict[str, Any]], Any]) -> list[tuple[Any, list[dict[str, Any]]]]:
+    """Rows by key, keys in the order of their first row."""
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(key(row), []).append(row)
+    return list(found.items())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()

@@ -1,0 +1,99 @@
+"""The cycling study itself: schedules that are fair to one another, sound pairs, and one small pass through everything."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from PIL import Image
+
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    """tests/benchmarks/study.py as a module."""
+    spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["study"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(schedule: str, seed: int, end: float | None, factor: float = 1.0) -> dict:
+    base, end_ = {"truth": 1.0}, None if end is None else {"truth": end}
+    return {
+        "schedule": schedule,
+        "seed": seed,
+        "fold": 0,
+        "factor": factor,
+        "peak": 1.0,
+        "steps": 9,
+        "base": base,
+        "end": end_,
+    }
+
+
+@pytest.mark.parametrize("mean_rate", [2e-5, 1e-4, 7.3e-4])
+def test_all_schedules_have_the_same_steps_and_the_same_exposure(study, mean_rate):
+    found = study.schedules(0.014, mean_rate, (1, 2, 4, 8, 25))
+    assert list(found) == [
+        "constant", "linear to zero", "1 cycle", "2 cycles", "4 cycles", "8 cycles", "25 cycles", "groups 3 + 2 + 1.5",
+    ]  # fmt: skip
+    assert len({s.steps for s in found.values()}) == 1
+    for schedule in found.values():
+        assert schedule.rates().sum() == pytest.approx(0.014, rel=1e-12)
+        assert not schedule.ends_near_peak
+
+
+def test_a_pair_shares_seed_split_and_rate_and_the_difference_is_a_share_of_the_gain(study):
+    rows = [row(name, seed, end) for name, ends in (("constant", (0.5, 0.6, 0.4)), ("linear to zero", (0.49, 0.58, 0.41))) for seed, end in enumerate(ends)]  # fmt: skip
+    constant, linear = study.study_report.paired(rows)
+    shares = np.array([-0.01, -0.02, 0.01]) / 0.5
+    assert linear["difference"] == pytest.approx(shares.mean())
+    assert linear["half"] == pytest.approx(4.302653 * shares.std(ddof=1) / 3**0.5, rel=1e-5)
+    assert (linear["better"], linear["pairs"], linear["diverged"]) == (2, 3, 0)
+    assert constant["difference"] == 0
+
+
+def test_a_run_that_diverged_makes_no_pair_and_is_counted(study):
+    rows = [row("constant", s, 0.5) for s in (0, 1)] + [row("4 cycles", 0, None), row("4 cycles", 1, 0.4)]
+    cycles = study.study_report.paired(rows)[1]
+    assert (cycles["pairs"], cycles["diverged"]) == (1, 1)
+    assert "1 of 1" in study.study_report._schedule_table([cycles], ("x", lambda line: "1"))
+
+
+def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model, tmp_path, monkeypatch):
+    scale = study.Scale(
+        seeds=(1,), folds=(0, 1), factors=(1.0,), cycles=(1,), sizes=(24,), size_sets=(0,), replays=("all-images", "constant"),
+        rates=(1.0,), rungs=(1, 2), truth=6, draws=2, prompts=2, pictures=2, sampler_steps=2,
+    )  # fmt: skip
+    arguments = ["--base", str(model), "--ceiling", "1e-3", "--best-exposure", "4e-3", "--workers", "1", "--build", str(tmp_path / "build"),
+                 "--results", str(tmp_path / "results"), "--set", "train.steps=40"]  # fmt: skip
+    results = study.main(arguments, scale)
+    record = json.loads((results / "study.json").read_text())
+    assert len(record["schedules"]) == 2 * 4
+    assert {r["steps"] for r in record["schedules"]} == {8}
+    assert [r["steps"] for r in record["replays"]] == [[0, 20, 40], [0, 20, 40]]
+    assert [r["step"] for r in record["ladder"]] == [0, 4, 8]
+    assert [r["kappa"] for r in record["ladder"]] == pytest.approx([0, 0.5, 1.0])
+    text = (results / "study.md").read_text()
+    for name in ("schedules.png", "ladder.png", "ladder-grid.png", "published.png", "replays.png"):
+        assert name in text
+        assert Image.open(results / name).width > 0
+
+    def never(*_):
+        raise AssertionError("a finished arm was run again")
+
+    from sdclr.engine.arms import Bench
+
+    monkeypatch.setattr(Bench, "_run", never)
+    monkeypatch.setattr(study, "climb", never)
+    study.main(arguments, scale)
+    assert json.loads((results / "study.json").read_text()) == record
