@@ -32,7 +32,7 @@ class Effort:
     cap: int = 3000
 
 
-QUICK = Effort(per_decade=2, rates=5, seeds=1, cap=1000)
+QUICK = Effort(per_decade=2, rates=5, seeds=1, cap=600)
 
 
 def find(place: Place, effort: Effort) -> dict[str, Any]:
