@@ -45,6 +45,7 @@ class Depth:
     ramps: tuple[int, ...]
     sweeps: tuple[int, ...]
     rival_seeds: int
+    rival_runs: bool
     null_tests: int
 
 
@@ -54,9 +55,14 @@ def main() -> None:
     parser.add_argument(
         "--tests", type=int, help="range tests a case, each with its own seed and split [10; --quick: 2]"
     )
-    parser.add_argument("--quick", action="store_true", help="few rates, one training seed, no sweep: minutes")
     parser.add_argument(
-        "--only", help="some of: tests,rivals,nulls (truth is always needed) [all; nulls on mochi alone]"
+        "--quick",
+        action="store_true",
+        help="few rates, one training seed, no sweep, no rivals' runs, no nulls: minutes",
+    )
+    parser.add_argument(
+        "--only",
+        help="some of: tests,rivals,nulls (truth is always needed) [all, with --quick tests,rivals; nulls are of mochi alone]",
     )
     parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
     parser.add_argument(
@@ -66,11 +72,11 @@ def main() -> None:
     args = parser.parse_args()
     chosen = _chosen(args.cases or ("mochi" if args.quick else None), parser)
     if args.quick:
-        depth = Depth(args.tests or 2, truth_.QUICK, (100,), (), 1, 1)
+        depth = Depth(args.tests or 2, truth_.QUICK, (100,), (), 1, False, 1)
     else:
         tests = args.tests or 10
-        depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), tests)
-    parts = args.only.split(",") if args.only else ["tests", "rivals", "nulls"]
+        depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), True, tests)
+    parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls"])]
     found = []
     for case in chosen:
         if args.base:
@@ -107,7 +113,7 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
         records = []
         for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.rival_seeds):
             rates = rivals.rates(place, seed, truth, depth.ramps, depth.sweeps)
-            records += rivals.compare(place, seed, truth, rates, depth.effort.cap)
+            records += rivals.compare(place, seed, truth, rates, depth.effort.cap, depth.rival_runs)
             note("rivals", records)
     if "nulls" in parts and case.name == "mochi":
         records = []

@@ -49,19 +49,25 @@ def rates(
     return found
 
 
-def compare(place: Place, seed: int, truth: dict[str, Any], found: dict[str, float], cap: int) -> list[dict[str, Any]]:
+def compare(
+    place: Place, seed: int, truth: dict[str, Any], found: dict[str, float], cap: int, runs: bool
+) -> list[dict[str, Any]]:
     """Each rival's rate against the ceiling, what a constant run at it loses at its best, and the regret of a cyclical run up to it.
 
-    The run is as long as an ideal recommended one (peaks at half the true ceiling, exposure S*), a length no rival could know.
+    The run is as long as an ideal recommended one (peaks at half the true ceiling, exposure S*), a length no rival could know;
+    without `runs` none is trained.
     """
     steps = max(8, min(cap, round(4 * truth["best_exposure"] / truth["ceiling"]))) if truth["ceiling"] else cap
     records = []
     for rival, lr in found.items():
-        name = f"rival-{lr:.3e}-{steps}-seed-{seed}"
-        run = place.piece(name, lambda name=name, lr=lr: trials.train(Judge(place, seed), name, lr, steps))
         ratio = math.log10(lr / truth["ceiling"]) if truth["ceiling"] else None
-        record = {"rival": rival, "seed": seed, "lr": lr, "decades_from_ceiling": ratio, "steps": steps}
-        records.append(record | {"excess_at_best": excess_at(truth, lr)} | trials.regret(truth, run))
+        record = {"rival": rival, "seed": seed, "lr": lr, "decades_from_ceiling": ratio}
+        record["excess_at_best"] = excess_at(truth, lr)
+        if runs:
+            name = f"rival-{lr:.3e}-{steps}-seed-{seed}"
+            run = place.piece(name, lambda name=name, lr=lr: trials.train(Judge(place, seed), name, lr, steps))
+            record |= {"steps": steps} | trials.regret(truth, run)
+        records.append(record)
     return records
 
 

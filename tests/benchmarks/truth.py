@@ -19,20 +19,21 @@ from stage import Judge, Place, log_points
 
 from sdclr.lr.schedule import exponential_ramp
 
-TOLERANCE, SCREEN, BROKEN = 0.10, (1e-9, 10.0, 41), 1.05
+TOLERANCE, SCREEN, BROKEN = 0.10, (1e-7, 10.0, 33), 1.05
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How much brute force: rates a decade and in all, training seeds, and the longest arm in steps."""
+    """How much brute force: rates a decade and in all, training seeds, the longest arm in steps, and points on each curve."""
 
     per_decade: int = 4
     rates: int = 9
     seeds: int = 3
     cap: int = 3000
+    points: int = 14
 
 
-QUICK = Effort(per_decade=2, rates=5, seeds=1, cap=600)
+QUICK = Effort(per_decade=2, rates=5, seeds=1, cap=500, points=9)
 
 
 def find(place: Place, effort: Effort) -> dict[str, Any]:
@@ -54,7 +55,9 @@ def find(place: Place, effort: Effort) -> dict[str, Any]:
         last = max(1, min(effort.cap, round(span / lr)))
         name = f"truth-{lr:.3e}-seed-{seed}-{last}"
         return place.piece(
-            name, lambda: judge(seed).curve(name, lambda step: lr, last, _points(span, lr, last)), [span, lr]
+            name,
+            lambda: judge(seed).curve(name, lambda step: lr, last, _points(span, lr, last, effort.points)),
+            [span, lr, effort.points],
         )
 
     factor = 10 ** (1 / effort.per_decade)
@@ -91,7 +94,7 @@ def _pilot(judge: Judge, lr: float, cap: int) -> dict[str, Any]:
     return judge.curve(f"pilot-{lr:.3e}", lambda step: lr, cap, log_points(cap, 2), enough)
 
 
-def _points(span: float, lr: float, last: int, count: int = 14) -> list[int]:
+def _points(span: float, lr: float, last: int, count: int) -> list[int]:
     """Steps at which the exposure has grown by equal factors; the same exposures for every rate, as far as whole steps allow."""
     return sorted({min(last, max(1, round(s / lr))) for s in np.geomspace(span / 30, span, count)})
 
