@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -22,6 +23,10 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": GRID, "axes.titlesize": 12,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "figure.dpi": 110, "legend.frameon": False, "axes.axisbelow": True,
 }  # fmt: skip
+
+
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+"""matplotlib's own font: it has κ and ×, accents and Cyrillic, which Pillow's default lacks."""
 
 
 def range_test(
@@ -204,7 +209,7 @@ def _run_in_panels(panels: Any, records: list[dict[str, Any]], look: dict[str, A
 def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
     """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
     side = max(128, min(320, cells[0][0].width))
-    font, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    font, small = (ImageFont.truetype(FONT, size) for size in (15, 13))
     gap, left = 8, 190
     heads = [_wrapped(text, font, side) for text in columns]
     names = [_wrapped(text, small, left - 2 * gap) for text in rows]
