@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo measure study test test-fullsize check format clean
+.PHONY: install demo measure study test test-fullsize test-faults check format clean
 
 install: $(VENV)/installed
 
@@ -31,10 +31,13 @@ check: install  ## lint, format, types
 	$(BIN)/mypy
 
 test: check  ## everything that fits in minutes on two CPU cores
-	$(BIN)/pytest -m "not fullsize and not gpu"
+	$(BIN)/pytest -m "not fullsize and not gpu and not faults"
 
 test-fullsize: install  ## one training step of the true SD 1.5 shape, on the CPU
 	$(BIN)/pytest -m fullsize -s
+
+test-faults: install  ## every kill, corruption, full disk and hostile input, with the figures
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m faults -s
 
 format: install
 	$(BIN)/ruff check --fix .

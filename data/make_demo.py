@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", action="store_true", help="only redraw the subjects' pictures")
     parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--unet-steps", type=int, default=3800)
+    parser.add_argument("--unet-steps", type=int, default=3200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -80,7 +80,7 @@ def to_tensor(image) -> torch.Tensor:
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int = 200) -> float:
     """Linear warm-up, then a cosine to zero."""
-    return peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps))
+    return float(peak * min(1.0, (step + 1) / warmup) * 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
 def make_vae(pictures: torch.Tensor, steps: int) -> AutoencoderKL:
@@ -167,7 +167,7 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, to
         parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
         factor = vae.config.scaling_factor
         mean, std = torch.cat([p.mean for p in parts]) * factor, torch.cat([p.std for p in parts]) * factor
-        save_file({"mean": mean, "std": std}, done)
+        save_file({"mean": mean.contiguous(), "std": std.contiguous()}, done)
     tensors = load_file(done)
     return tensors["mean"], tensors["std"]
 

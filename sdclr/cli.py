@@ -5,14 +5,40 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
+from typer.core import TyperGroup
 
 from sdclr import __version__
 from sdclr.errors import SdclrError
 
+
+class _Boundary(TyperGroup):
+    """Where errors become messages and exit codes: around the command, because typer would swallow Ctrl-C and a closed pipe."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SdclrError as problem:
+            _end(problem, problem.exit_code)
+        except KeyboardInterrupt:
+            _end(SdclrError("interrupted; what was finished has been kept"), 130)
+        except BrokenPipeError:
+            # Nobody reads on: give Python's last flush somewhere to go.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
+
+
+def _end(problem: SdclrError, code: int) -> NoReturn:
+    from sdclr.report import console
+
+    console.error(problem)
+    sys.exit(code)
+
+
 app = typer.Typer(
+    cls=_Boundary,
     name="sdclr",
     help="Which learning rate, for how long, on what schedule, for my images and my Stable Diffusion?\n\n"
     "Exit codes: 0 done, 1 the run failed, 2 the config or input is wrong, 3 inconclusive, 130/143 interrupted after saving.",
@@ -62,7 +88,7 @@ def range_test(
     quiet: Quiet = False,
 ) -> None:
     """Measure how high the learning rate may go, and how much training these images can take."""
-    _quiet(quiet)
+    _begin(config, set_, quiet)
     from sdclr.commands.range_test import range_test as command
 
     command(config, set_, legacy=legacy, max_minutes=max_minutes, as_json=json_)
@@ -78,7 +104,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune with a cyclical learning rate, watching the held-out images."""
-    _quiet(quiet)
+    _begin(config, set_, quiet)
     if dry_run:
         from sdclr.commands.check import check as plan_only
 
@@ -104,7 +130,7 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Draw checkpoints side by side: same prompts, same seeds, same noise."""
-    _quiet(quiet)
+    _begin(config, set_, quiet)
     from sdclr.commands.sample import sample as command
 
     command(config, set_, runs=run, checkpoints=checkpoint, output=output, score=score)
@@ -128,7 +154,7 @@ def init(
 @app.command()
 def check(config: Config, set_: Sets = [], quiet: Quiet = False) -> None:  # noqa: B006
     """Read everything, train nothing: config, images, captions, model, and the plan of the run."""
-    _quiet(quiet)
+    _begin(config, set_, quiet)
     from sdclr.commands.check import check as command
 
     command(config, set_)
@@ -148,30 +174,17 @@ def compare(
     command(runs, output, json_)
 
 
-def main() -> None:
-    """Run the command line; every SdclrError becomes its message and exit code, every other exception stays a bug with its traceback."""
-    from sdclr.report import console
-
-    try:
-        app(standalone_mode=True)
-    except SdclrError as problem:
-        console.error(problem)
-        _exit(problem.exit_code)
-    except KeyboardInterrupt:
-        console.error(SdclrError("interrupted; what was finished has been kept"))
-        _exit(130)
-    except BrokenPipeError:
-        sys.stderr.close()
-        _exit(141)
-
-
-def _exit(code: int) -> None:
-    sys.exit(code)
-
-
-def _quiet(quiet: bool) -> None:
+def _begin(config: Path, overrides: list[str], quiet: bool) -> None:
+    """What commands on a config share: quiet or not, and a bad config refused before anything heavy is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn of torchvision, which nothing here needs
+    from sdclr.config import source
     from sdclr.report import console
 
     console.quiet = quiet
+    source.load(config, overrides)
+
+
+def main() -> None:
+    """Run the command line; every SdclrError becomes its message and exit code, every other exception stays a bug with its traceback."""
+    app()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sdclr.config import source
 from sdclr.engine.plan import describe, make_plan, read_inputs
-from sdclr.errors import InputError
+from sdclr.errors import ConfigError, InputError
 from sdclr.report import console
 
 
@@ -19,7 +19,11 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
     try:
         plan = make_plan(loaded, inputs)
     except InputError as problem:
-        if need_plan or (loaded.config.schedule.max_lr != "auto" and loaded.config.train.steps != "auto"):
+        if (
+            need_plan
+            or isinstance(problem, ConfigError)
+            or (loaded.config.schedule.max_lr != "auto" and loaded.config.train.steps != "auto")
+        ):
             raise
         missing = problem
     if not need_plan:

@@ -72,18 +72,14 @@ def compare(runs: Sequence[Path], output: Path, as_json: bool = False) -> None:
     for caution in cautions:
         console.warn(caution)
     if as_json:
-        confounded = _confounded(rows)
-        console.result(
-            json.dumps(
-                {
-                    "schema": SCHEMA,
-                    "reference": reference.name,
-                    "runs": rows,
-                    "confounded_by_exposure": confounded,
-                    "warnings": cautions,
-                }
-            )
-        )
+        found = {
+            "schema": SCHEMA,
+            "reference": reference.name,
+            "runs": rows,
+            "confounded_by_exposure": _confounded(rows),
+            "warnings": cautions,
+        }
+        console.result(json.dumps(metrics.finite(found), allow_nan=False))
         return
     console.table(shown, HEADER, title=f"differences are to {reference.name}")
     console.result(str(output / "compare.png"))

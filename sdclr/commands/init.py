@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     """Write (or print) a config for a folder of images. Raises InputError rather than overwrite a file."""
     if images is not None and not images.is_dir():
         raise InputError(f"{images}: there is no such folder of pictures")
-    name = (images.resolve().name if images else "my-run").replace(" ", "-")
+    name = re.sub(r"[^\w.@+-]+", "-", images.resolve().name if images else "my-run").strip("-.")[:100] or "my-run"
     text = commented(
         {"run.name": name, "model.base": base, "data.images": str(images or "path/to/pictures"), "schedule.cycles": 4}
     )
@@ -53,6 +54,6 @@ def commented(given: dict[str, Any]) -> str:
             value = given.get(f"{section}.{key}", getattr(default, key) if default is not None else inner.default)
             value = "" if value is PydanticUndefined else value
             text = f"  {key}: {dump_value(value)}"
-            lines.append(f"{text:<44}# {inner.description}" if inner.description else text)
+            lines.append(f"{text:<43} # {inner.description}" if inner.description else text)
         lines.append("")
     return "\n".join(lines)

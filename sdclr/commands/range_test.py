@@ -23,10 +23,10 @@ import numpy as np
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs
+from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
 from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, judge
-from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp, steps_for
+from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
 from sdclr.report import console, figures, page
@@ -259,10 +259,10 @@ def as_result(found: Findings, bench: Bench, config: RunConfig, inputs: Inputs) 
 
 def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any]:
     """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*."""
-    peak = ceiling / 2
-    steps = steps_for(config.train.kappa * best, lambda n: make_schedule(config, inputs.steps_per_epoch, n, peak))
-    schedule = make_schedule(config, inputs.steps_per_epoch, steps, peak)
-    cycles = steps / (2 * schedule.step_size) if schedule.step_size else None
+    peak, per_epoch = ceiling / 2, inputs.steps_per_epoch
+    steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
+    schedule = make_schedule(config, per_epoch, steps, peak)
+    cycles = schedule.cycles if schedule.half_cycle else None
     return {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": peak, "steps": steps, "cycles": cycles}
 
 

@@ -68,7 +68,8 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
     s = config.sample
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
-    settings = (s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
+    base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
+    settings = (base, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     missing = [cell for cell in wanted if not _readable(paths[cell])]
     if missing:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from sdclr.config import source
 from sdclr.config.schema import RunConfig, Span
-from sdclr.engine.folder import RunFolder, storage_errors, write_bytes, write_text
-from sdclr.engine.plan import Inputs, Plan, changed, describe, make_plan, read_inputs
-from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError
+from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
+from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
+from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
 from sdclr.report import console, figures, metrics, page
 
 if TYPE_CHECKING:
@@ -44,7 +42,8 @@ def train(
         config = resolved(loaded.config, plan)
         start = _resume_point(folder, checkpoint, config_path) if resume else None
         if start:
-            _refuse_other_mathematics(folder, config, plan, start.step, overrides)
+            _refuse_other_mathematics(folder, config, plan, start, overrides)
+            _refuse_other_inputs(start, config, inputs)
         else:
             _refuse_to_overwrite(folder, config_path)
         write_text(folder.config, source.dump(config))
@@ -78,6 +77,7 @@ class Session:
         self.run = Run(config, inputs)
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
+        self.fingerprint = fingerprint(config, inputs)
         self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
         held_out, stabilised = self.run.held_out, self.run.stabilised
         self.watch = Watch(self.run, held_out, stabilised, config.checkpoint.best) if held_out and stabilised else None
@@ -86,18 +86,22 @@ class Session:
     # The story ----------------------------------------------------------------------------------------------------------------
 
     def train(self, start: Checkpoint | None, config_path: Path) -> None:
-        """Step by step to the plan's end; what is due is looked at and kept."""
+        """Step by step to the plan's end; what is due is looked at and kept.
+
+        A save that fails midway is only said, for the run can go on from the checkpoint before; the last one must succeed.
+        """
         from sdclr.engine.loop import optimizer_steps
         from sdclr.engine.signals import StopRequest
 
         plan, config = self.plan, self.config
         self._restore(start) if start else self._begin()
+        stopped_early = self._should_stop_early()  # by the run that is being resumed
         steps = optimizer_steps(
             self.state,
             self.run.inputs.batches,
             self.run.loss,
             plan.schedule,
-            plan.steps,
+            self.state.step if stopped_early else plan.steps,
             self.run.accelerator,
             config.optimizer.max_grad_norm,
         )
@@ -108,13 +112,13 @@ class Session:
                     trough, last = result.step in self.troughs, result.step == plan.steps
                     if result.step % plan.validate_every == 0 or trough or last:
                         self._look()
-                    if trough and config.checkpoint.at_troughs:
-                        self._save("trough")
-                    early = self._should_stop_early()
-                    if result.step % self.save_every == 0 or trough or last or early or stop.requested:
-                        self._save_full()
+                    early, asked = self._should_stop_early(), bool(stop.requested)
+                    if last or early or asked:
+                        self._save_all()
+                    elif result.step % self.save_every == 0 or trough:
+                        self._try_to(self._save_all)
                     bar.advance(self._numbers(result.lr, result.loss))
-                    if stop.requested and not last:
+                    if asked and not last:
                         raise stop.interrupted(
                             f"stopped after step {result.step} of {plan.steps}, which is saved",
                             f"sdclr train {config_path} --resume",
@@ -124,7 +128,7 @@ class Session:
                             f"stopped early at step {result.step}: {config.train.early_stop} validations without a new best"
                         )
                         break
-            except DivergenceError as problem:
+            except (DivergenceError, StorageError) as problem:
                 self._say_what_is_kept(problem)
                 raise
             finally:
@@ -132,9 +136,6 @@ class Session:
 
     def finish(self) -> None:
         """Keep the average of the troughs, write the CSV and the report, export the best and the final model as diffusers folders."""
-        from sdclr.engine.checkpoint import BEST, available
-        from sdclr.model.components import load_trained
-
         trained = {
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }
@@ -152,9 +153,10 @@ class Session:
         ]
         lead = f"{self._in_words()} {averaged}".strip()
         write_text(self.folder.report, page.render(f"Run {self.config.run.name}", lead, sections))
-        best = available(self.folder.checkpoints, (BEST,))
+        best = self.watch.best_weights if self.watch else None
+        for name, weights in (best or {}).items():
+            self.run.modules[name].load_state_dict(weights)
         if best:
-            load_trained(self.run.parts, best[-1].path, self.config.model.train)
             self._export(self.folder.best)
         for name, weights in trained.items():
             self.run.modules[name].load_state_dict(weights)
@@ -168,15 +170,24 @@ class Session:
         self._look()
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        from sdclr.engine.checkpoint import BEST, available, discard_after, restore
+        from sdclr.engine.checkpoint import best_beside, discard_after, restore
         from sdclr.model.components import read_trained
 
+        best, problems = best_beside(checkpoint)
         info = restore(checkpoint, self.state, self.run.modules)
+        if self.watch:
+            kept = read_trained(best.path, self.config.model.train) if best and not problems else None
+            self.watch.restore(info["watch"], kept)
+            if problems:
+                self.watch.forget_best()
+                console.warn(f"{'; '.join(problems)}: the best state is looked for anew from step {self.state.step} on")
         discard_after(self.folder.checkpoints, self.state.step)
         self.log = self._open_log(self.state.step)
-        if self.watch:
-            kept = available(self.folder.checkpoints, (BEST,))
-            self.watch.restore(info["watch"], read_trained(kept[-1].path, self.config.model.train) if kept else None)
+        if self.log.digest != info.get("metrics"):
+            console.warn(
+                f"{self.folder.metrics}: lines before step {self.state.step} are missing or altered; curves and report are of the rest"
+            )
+        self._try_to(self._settle)
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
@@ -194,14 +205,41 @@ class Session:
         patience = self.config.train.early_stop
         return bool(patience and self.watch and self.watch.since_best >= patience)
 
-    def _save_full(self) -> None:
-        """The best first, then the state to resume from; older ones go only when both are whole on disk."""
-        from sdclr.engine.checkpoint import prune
+    def _try_to(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except StorageError as problem:
+            hint = f"\n  {problem.hint.partition('; then:')[0]}" if problem.hint else ""
+            console.warn(
+                f"{problem.message}{hint}\n  step {self.state.step} is not kept; training goes on to the next save"
+            )
+
+    def _save_all(self) -> None:
+        """What a resumed run counts on first (the best, the curves), then the state to resume from, then what follows from it."""
+        from sdclr.engine.checkpoint import FULL
 
         self._save_best()
-        self.log.sync()
-        self._save("step")
+        with storage_errors(self.folder.metrics):
+            self.log.sync()
+        self._save(FULL)
+        self._settle()
+
+    def _settle(self) -> None:
+        """What follows from a saved step: its trough, and room made for later ones. A resumed run makes up for what was cut short here."""
+        from sdclr.engine.checkpoint import prune
+
+        self._save_trough()
         prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
+
+    def _save_trough(self) -> None:
+        """The weights alone, if this step ends a cycle and they are not yet kept."""
+        from sdclr.engine.checkpoint import TROUGH, available, verify
+
+        if self.state.step not in self.troughs or not self.config.checkpoint.at_troughs:
+            return
+        kept = [c for c in available(self.folder.checkpoints, (TROUGH,)) if c.step == self.state.step]
+        if not kept or verify(kept[0]):
+            self._save(TROUGH)
 
     def _save_best(self) -> None:
         from sdclr.engine.checkpoint import BEST, available, save_model
@@ -241,24 +279,30 @@ class Session:
         return words
 
     def _save(self, kind: str) -> None:
-        from sdclr.engine.checkpoint import save
+        from sdclr.engine.checkpoint import FULL, save
 
         last = self.watch.last if self.watch else None
-        save(
-            self.folder.checkpoints,
-            kind,
-            self.state,
-            self.run.modules,
-            self._info(self.state.exposure, last.loss if last else None),
-        )
+        info = self._info(self.state.exposure, last.loss if last else None)
+        if kind == FULL:
+            info |= self._to_go_on_with()
+        save(self.folder.checkpoints, kind, self.state, self.run.modules, info)
 
     def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
         best = self.plan.best_exposure
         return {
             "kappa": exposure / best if best else None,
             "validation_loss": loss,
-            "watch": self.watch.state() if self.watch else None,
+            "fingerprint": self.fingerprint,
             "config": self.config.model_dump(mode="json"),
+        }
+
+    def _to_go_on_with(self) -> dict[str, Any]:
+        """What only a resumed run asks for: the best that must lie beside, the curves that must have come before, the watch."""
+        watch = self.watch
+        return {
+            "best_step": watch.best.step if watch and watch.best and watch.best_weights else None,
+            "metrics": self.log.digest,
+            "watch": watch.state() if watch else None,
         }
 
     def _export(self, target: Path) -> None:
@@ -267,8 +311,8 @@ class Session:
         with storage_errors(target):
             shutil.rmtree(partial, ignore_errors=True)
             self.run.parts.save_pipeline(partial)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
+            sync_tree(partial)
+            publish(partial, target)
 
     # Telling ------------------------------------------------------------------------------------------------------------------
 
@@ -281,13 +325,13 @@ class Session:
 
         kept, _ = newest_sound(self.folder.checkpoints)
         problem.message += (
-            f"\n  the last good checkpoint is {kept.path}" if kept else "\n  no checkpoint had been due yet"
+            f"\n  the last good checkpoint is {kept.path}" if kept else "\n  no checkpoint has been kept yet"
         )
 
     def _in_words(self) -> str:
-        if not self.watch or not self.watch.best or not self.watch.last or self.watch.base is None:
+        if not self.watch or not self.watch.last or self.watch.base is None:
             return f"{self.state.step} steps, exposure {self.state.exposure:.3g}, trained on every image without validation."
-        base, best, last = float(self.watch.base.mean()), self.watch.best, self.watch.last
+        base, best, last = float(self.watch.base.mean()), self.watch.best or self.watch.last, self.watch.last
         return (
             f"Held-out loss {base:.4f} before, {best.loss:.4f} at its lowest ({best.loss / base - 1:+.1%}, step {best.step}, "
             f"exposure {best.exposure:.3g}), {last.loss:.4f} at the end (step {last.step}, exposure {last.exposure:.3g})."
@@ -305,6 +349,11 @@ def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> C
                 f"{named}: is not a checkpoint to resume from (a folder named {FULL}-000400)",
                 hint=f"see those there are: ls {folder.checkpoints}",
             )
+        if named.resolve().parent != folder.checkpoints.resolve():
+            raise CheckpointError(
+                f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
         checkpoint = Checkpoint(named, FULL, int(number))
         problems = verify(checkpoint)
         if problems:
@@ -316,23 +365,28 @@ def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> C
     found, skipped = newest_sound(folder.checkpoints)
     for line in skipped:
         console.warn(f"skipped a damaged checkpoint: {line}")
+    if found is None and skipped:
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds no sound checkpoint to resume from",
+            hint="start another run: --set run.name=...; sdclr sample still draws the troughs and the best that are whole",
+        )
     if found is None:
         raise CheckpointError(
-            f"{folder.checkpoints}: holds no {'sound ' if skipped else ''}checkpoint to resume from",
-            hint=f"start it: sdclr train {config_path}",
+            f"{folder.checkpoints}: holds no checkpoint to resume from", hint=f"start it: sdclr train {config_path}"
         )
     return found
 
 
 def _refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
-    from sdclr.engine.checkpoint import available
+    """A `best` alone is the trace of a first save that was cut short: it comes before the state to resume from."""
+    from sdclr.engine.checkpoint import FULL, TROUGH, available
 
     if folder.final.exists():
         raise InputError(
             f"{folder.path}: holds a finished run",
             hint="give the new one another name: --set run.name=...  (or remove that folder)",
         )
-    if available(folder.checkpoints):
+    if available(folder.checkpoints, (FULL, TROUGH)):
         raise InputError(
             f"{folder.path}: holds an unfinished run",
             hint=f"go on with it: sdclr train {config_path} --resume  (or --set run.name=...)",
@@ -340,16 +394,15 @@ def _refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
 
 
 def _refuse_other_mathematics(
-    folder: RunFolder, config: RunConfig, plan: Plan, step: int, overrides: Sequence[str]
+    folder: RunFolder, config: RunConfig, plan: Plan, start: Checkpoint, overrides: Sequence[str]
 ) -> None:
-    """A resumed run must compute what the stored one would have; differences are named with both values."""
-    try:
-        before = yaml.safe_load(folder.config.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{folder.config}: cannot be read: {error}") from None
+    """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values."""
+    before = start.info()["config"]
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
-    same_rates = _rates_as_used(folder, step, plan)
+    same_rates = _rates_as_used(folder, start.step, plan)
     clashes = []
+    if plan.steps < start.step:
+        clashes.append(f"train.steps is {plan.steps} in the config, and {start.step} steps are done")
     for key, stored, given in changed(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
@@ -363,7 +416,19 @@ def _refuse_other_mathematics(
         )
 
 
+def _refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) -> None:
+    """The same paths may hold other pictures, captions or weights than when the run began; the order of samples hangs on them."""
+    before, now = start.info().get("fingerprint") or {}, fingerprint(config, inputs)
+    clashes = []
+    if before.get("images") != now["images"]:
+        clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
+    if before.get("model") != now["model"]:
+        clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
+    if clashes:
+        raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
+
+
 def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:
     """Whether the new plan's rates for the steps already done are those the run really used."""
-    used = [r["lr"] for r in metrics.read(folder.metrics) if r["kind"] == "step" and r["step"] <= step]
+    used = [r.get("lr") for r in metrics.read(folder.metrics) if r["kind"] == "step" and r["step"] <= step]
     return len(used) == step and used == [plan.schedule(i) for i in range(step)]

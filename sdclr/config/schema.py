@@ -59,11 +59,13 @@ class Span(BaseModel):
 
 def parse_span(value: Any) -> Any:
     """`40`, `"40 steps"`, `"10 epochs"` or `"1 epoch"` to a Span."""
-    if isinstance(value, (Span, dict)):
+    if isinstance(value, Span):
         return value
     if isinstance(value, bool) or value is None:
         raise problem(f"must be a number of steps such as 40, or text such as '10 epochs'; got {value!r}")
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?)?\s*", str(value), re.IGNORECASE)
+    match = re.fullmatch(
+        r"\s*((?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)(?:e[+-]?[0-9]+)?)\s*(steps?|epochs?)?\s*", str(value), re.IGNORECASE
+    )
     number = float(match[1]) if match else math.nan
     unit = "epochs" if match and (match[2] or "").lower().startswith("epoch") else "steps"
     if not 0 < number <= 1e9:
@@ -75,7 +77,9 @@ def parse_span(value: Any) -> Any:
 
 def show_span(span: Span) -> int | str:
     """The shortest text that parses back to the same Span."""
-    return int(span.value) if span.unit == "steps" else str(span)
+    if span.unit == "steps":
+        return int(span.value)
+    return str(span) if parse_span(str(span)) == span else f"{span.value!r} epochs"
 
 
 Length = Annotated[Span, BeforeValidator(parse_span), PlainSerializer(show_span)]
@@ -261,7 +265,7 @@ class RangeTestSection(Section):
         None, description="[lowest, highest] rate to try, instead of the screen's choice"
     )
     max_steps: Count = Field(3000, description="train steps that the reference arm may take at most")
-    max_minutes: Annotated[float, Field(gt=0)] | None = Field(
+    max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="stop after this long and report what is finished"
     )
 
@@ -307,6 +311,13 @@ class ScheduleSection(Section):
         False, description="accept a plan whose last step is nearer to the peak than to the trough"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _everydream_starts_at_its_peak(cls, values: Any) -> Any:
+        return (
+            {"start": "peak", **values} if isinstance(values, dict) and values.get("policy") == "everydream" else values
+        )
+
     @field_validator("max_lr")
     @classmethod
     def _max_is_above_base(cls, max_lr: float | str, info: ValidationInfo) -> float | str:
@@ -324,7 +335,7 @@ class ScheduleSection(Section):
 
     @model_validator(mode="after")
     def _settings_belong_to_the_policy(self) -> ScheduleSection:
-        p, cyclic, given = self.policy, self.policy in CYCLIC, self.model_fields_set
+        p, cyclic = self.policy, self.policy in CYCLIC
         idle = f"has no effect with policy: {p}"
         lengths = [key for key in ("step_size", "cycles", "groups") if getattr(self, key) is not None]
         found: list[tuple[str | None, str]] = []
@@ -335,7 +346,7 @@ class ScheduleSection(Section):
             found.append(
                 ("base_lr", f"{idle} ({'the rate is max_lr' if p == 'constant' else 'its floor is always 0'})")
             )
-        if p == "everydream" and "start" in given and self.start == "low":
+        if p == "everydream" and self.start == "low":
             found.append(("start", "must be peak with policy: everydream (its cosine starts at the peak)"))
         if p == "everydream" and self.groups:
             found.append(("groups", idle))
@@ -449,8 +460,10 @@ class RunConfig(Section):
     @classmethod
     def _best_can_be_told(cls, checkpoint: CheckpointSection, info: ValidationInfo) -> CheckpointSection:
         validation = info.data.get("validation")
-        if validation and validation.fraction == 0 and checkpoint.best and "best" in checkpoint.model_fields_set:
-            raise problem("needs a validation split, and validation.fraction is 0", at="best")
+        if validation and validation.fraction == 0 and checkpoint.best:
+            if "best" in checkpoint.model_fields_set:
+                raise problem("needs a validation split, and validation.fraction is 0", at="best")
+            return checkpoint.model_copy(update={"best": False})
         return checkpoint
 
     @field_validator("checkpoint")

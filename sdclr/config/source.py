@@ -60,6 +60,11 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
     values = _Reader(source, marks, found).read(_text_of(Path(path)))
     for override in overrides:
         _apply(override, values, marks, found)
+    for name in [name for name, value in values.items() if value is None and name in RunConfig.model_fields]:
+        if RunConfig.model_fields[name].is_required():
+            values[name] = {}
+        else:
+            del values[name]  # a section whose keys were all deleted means its defaults
     config, schema_problems = _judge(values, marks, source)
     found += schema_problems
     if found or config is None:
@@ -98,8 +103,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    quoted = any(pattern.fullmatch(text) for pattern, _ in _PLAIN)
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if quoted else None)
+    number = any(pattern.fullmatch(text) for pattern, _ in _PLAIN)
+    style = '"' if not text.isprintable() else "'" if number else None  # only in double quotes do odd line ends survive
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _represent_text)
@@ -123,14 +129,14 @@ def _text_of(path: Path) -> str:
 
 
 class _Reader:
-    """One walk over the composed nodes: values out, marks and problems noted on the way."""
+    """One walk over the composed nodes: values out, marks and problems noted on the way. `places` off: all of it stands in one place."""
 
-    def __init__(self, source: str, marks: dict[Path_, str], found: list[str]):
-        self.source, self.marks, self.found, self.nodes = source, marks, found, 0
+    def __init__(self, source: str, marks: dict[Path_, str], found: list[str], places: bool = True):
+        self.source, self.marks, self.found, self.places, self.nodes = source, marks, found, places, 0
 
     def read(self, text: str) -> dict[str, Any]:
         try:
-            self._refuse_anchors_and_depth(text)
+            self._check_events(text)
             node = yaml.compose(text, Loader=yaml.SafeLoader)
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
@@ -139,6 +145,12 @@ class _Reader:
                 ": indent with spaces, not tabs" if "'\\t'" in str(error.problem) else ""
             )
             raise ConfigError([f"{self._at(mark)}: not YAML: {what}"]) from None
+        except yaml.reader.ReaderError as error:
+            before = text[: error.position]
+            mark = yaml.Mark("", 0, before.count("\n"), len(before) - before.rfind("\n") - 1, None, 0)
+            raise ConfigError(
+                [f"{self._at(mark)}: not YAML: a character that text cannot hold ({text[error.position]!r})"]
+            ) from None
         except (yaml.YAMLError, ValueError) as error:
             raise ConfigError([f"{self.source}: not YAML: {error}"]) from None
         if node is None:
@@ -147,7 +159,8 @@ class _Reader:
             raise ConfigError([f"{self._at(node.start_mark)}: the file must hold sections (run:, model:, data:, ...)"])
         return self._value(node, ())
 
-    def _refuse_anchors_and_depth(self, text: str) -> None:
+    def _check_events(self, text: str) -> None:
+        """Refuse what must not be composed (anchors, endless nesting), and note tags, which composing would hide."""
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             self.nodes += 1
@@ -157,6 +170,8 @@ class _Reader:
                         f"{self._at(event.start_mark)}: anchors and aliases (& and *) are not used in configs: write the value out"
                     ]
                 )
+            if tag := getattr(event, "tag", None):
+                self.found.append(f"{self._at(event.start_mark)}: tags such as {tag} are not used in configs")
             if isinstance(event, (yaml.CollectionStartEvent, yaml.CollectionEndEvent)):
                 depth += 1 if isinstance(event, yaml.CollectionStartEvent) else -1
             if depth > MAX_DEPTH or self.nodes > MAX_NODES:
@@ -168,14 +183,10 @@ class _Reader:
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self._value(child, (*path, i)) for i, child in enumerate(node.value)]
-        standard = {
-            f"tag:yaml.org,2002:{name}"
-            for name in ("str", "int", "float", "bool", "null", "timestamp", "merge", "value")
-        }
-        if node.tag not in standard:
-            self.found.append(f"{self._at(node.start_mark)}: tags such as {node.tag} are not used in configs")
-            return None
-        return scalar(node.value) if node.style is None else node.value
+        text = re.sub("[\0\ud800-\udfff]", "", node.value)
+        if text != node.value:
+            self.found.append(f"{self.marks[path]}: {_dotted(path)} holds a character that no file can hold")
+        return scalar(text) if node.style is None else text
 
     def _mapping(self, node: yaml.MappingNode, path: Path_) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -193,7 +204,7 @@ class _Reader:
         return values
 
     def _at(self, mark: Any) -> str:
-        return f"{self.source}:{mark.line + 1}:{mark.column + 1}" if mark else self.source
+        return f"{self.source}:{mark.line + 1}:{mark.column + 1}" if mark and self.places else self.source
 
 
 def scalar(text: str) -> Any:
@@ -213,9 +224,12 @@ def _apply(override: str, values: dict[str, Any], marks: dict[Path_, str], found
         found.append(f"{place}: must look like section.key=value, for example --set train.steps=800")
         return
     try:
-        value = _Reader(place, {}, found).read(f"value: {text.strip()}").get("value")
+        read = _Reader(place, {}, found, places=False).read(f"value: {text.strip()}")
     except ConfigError as error:
         found.extend(error.problems)
+        return
+    if list(read) != ["value"]:
+        found.append(f"{place}: sets one key; give --set once for each")
         return
     section = values
     for key in keys[:-1]:
@@ -225,7 +239,7 @@ def _apply(override: str, values: dict[str, Any], marks: dict[Path_, str], found
         if not isinstance(section, dict):
             found.append(f"{place}: {target} goes into {key}, which is a value and not a section")
             return
-    section[keys[-1]] = value
+    section[keys[-1]] = read["value"]
     for known in [path for path in marks if path[: len(keys)] == keys]:
         del marks[known]
     marks[keys] = place
@@ -241,8 +255,12 @@ def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tupl
             details = [
                 d for d in error.errors(include_url=False) if not (round_ and d["type"] in ("missing", "sdclr_needed"))
             ]
+            words = {tuple(_paths(d)): _choices(d) for d in details if d["type"] == "literal_error"}
+            others = {tuple(_paths(d)) for d in details if d["type"] != "literal_error"}
             for detail in details:
-                found += _tell(detail, marks, source)
+                if detail["type"] == "literal_error" and tuple(_paths(detail)) in others:
+                    continue  # a number or a word is wanted: said at the number
+                found += _tell(detail, marks, source, words.get(tuple(_paths(detail)), []))
             if not details:
                 break
             for detail in details:
@@ -253,18 +271,20 @@ def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tupl
 
 def _paths(detail: ErrorDetails) -> list[Path_]:
     """The places a problem speaks of: its location, or the keys it names itself."""
-    location = tuple(
-        part for part in detail["loc"] if not (isinstance(part, str) and not part.replace("_", "").isalnum())
-    )
+    location = detail["loc"]
+    if (
+        detail["type"] != "extra_forbidden"
+    ):  # all parts are the schema's own, save what pydantic calls a union's members
+        location = tuple(p for p in location if not isinstance(p, str) or p.replace("_", "").isalnum())
     found = detail.get("ctx", {}).get("found")
     return [(*location, at) if at else location for at, _ in found] if found else [location]
 
 
-def _tell(detail: ErrorDetails, marks: dict[Path_, str], source: str) -> list[str]:
-    """One problem of the schema as lines in the user's words."""
+def _tell(detail: ErrorDetails, marks: dict[Path_, str], source: str, words: Sequence[str]) -> list[str]:
+    """One problem of the schema as lines in the user's words; `words` would have been right too."""
     paths = [_known_part(path, marks) if detail["type"] != "missing" else path for path in _paths(detail)]
     found = detail.get("ctx", {}).get("found")
-    messages = [message for _, message in found] if found else [_in_words(detail)]
+    messages = [message for _, message in found] if found else [_in_words(detail, words)]
     lines = []
     for path, message in zip(paths, messages, strict=True):
         name = "" if message.startswith(("policy:", "model.")) else _dotted(path) + " "
@@ -272,9 +292,12 @@ def _tell(detail: ErrorDetails, marks: dict[Path_, str], source: str) -> list[st
     return lines
 
 
-def _in_words(detail: ErrorDetails) -> str:
+def _choices(detail: ErrorDetails) -> list[str]:
+    return re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+
+
+def _in_words(detail: ErrorDetails, words: Sequence[str]) -> str:
     kind, ctx, value = detail["type"], detail.get("ctx", {}), detail["input"]
-    shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
     if kind == "extra_forbidden":
         *section, key = detail["loc"]
         near = difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.6)
@@ -283,27 +306,39 @@ def _in_words(detail: ErrorDetails) -> str:
         )
     if kind == "missing":
         return "is missing"
+    if kind == "too_short":
+        return f"needs at least {ctx['min_length']} entry"
+    shown = "nothing" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    got = f"; got {shown if len(shown) <= 60 else shown[:57] + '...'}"
     if kind == "literal_error":
-        words = re.findall(r"'([^']*)'", ctx["expected"])
-        near = difflib.get_close_matches(str(value), words, n=1)
-        return f"must be one of {', '.join(words)}; got {shown}" + (f"; did you mean {near[0]}?" if near else "")
+        near = difflib.get_close_matches(str(value), _choices(detail), n=1)
+        return f"must be one of {', '.join(_choices(detail))}{got}" + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "string_type" and not isinstance(value, (dict, list)) and value is not None:
+        got += " (put it in quotes)"
+    wanted = _wanted(kind, ctx)
+    return (
+        f"must be {' or '.join([wanted, *words])}{got}"
+        if wanted
+        else detail["msg"][0].lower() + detail["msg"][1:] + got
+    )
+
+
+def _wanted(kind: str, ctx: dict[str, Any]) -> str | None:
+    """What should have stood there; None for kinds of problem that have no words of ours."""
     bounds = {
         "greater_than": ("gt", "greater than"), "greater_than_equal": ("ge", "at least"),
         "less_than": ("lt", "less than"), "less_than_equal": ("le", "at most"),
     }  # fmt: skip
-    if kind == "too_short":
-        return f"needs at least {ctx['min_length']} entry"
     if kind in bounds:
-        key, words_ = bounds[kind]
-        return f"must be {words_} {ctx[key]:g}; got {shown}"
+        key, words = bounds[kind]
+        return f"{words} {ctx[key] if isinstance(ctx[key], int) else format(ctx[key], 'g')}"
     kinds = {
         "int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "path": "a path",
         "tuple": "a list", "model": "a section (key: value pairs)", "finite": "a finite number",
     }  # fmt: skip
-    for prefix, words_ in kinds.items():
-        if kind.startswith(prefix) and kind not in ("string_too_long", "string_too_short"):
-            return f"must be {words_}; got {shown}"
-    return f"{detail['msg'][0].lower()}{detail['msg'][1:]}; got {shown}"
+    if kind in ("string_too_long", "string_too_short"):
+        return None
+    return next((words for prefix, words in kinds.items() if kind.startswith(prefix)), None)
 
 
 def _keys(section: Sequence[str | int]) -> list[str]:
@@ -338,7 +373,8 @@ def _place(marks: dict[Path_, str], path: Path_, source: str) -> str:
 def _dotted(path: Path_) -> str:
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+        name = f"[{part}]" if isinstance(part, int) else part if re.fullmatch(r"[\w-]+", part) else repr(part)
+        text += name if isinstance(part, int) or not text else f".{name}"
     return text
 
 

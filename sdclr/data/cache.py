@@ -6,14 +6,15 @@ re-encodes alone and a changed learning rate re-encodes nothing. Entries are saf
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from sdclr.errors import StorageError
 
@@ -27,9 +28,12 @@ class TensorCache:
     def get(self, key: str) -> dict[str, torch.Tensor] | None:
         """The tensors stored under `key`, or None."""
         try:
-            return load_file(self._path(key))
-        except (FileNotFoundError, SafetensorError):
+            with safe_open(self._path(key), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+                digest = (file.metadata() or {}).get("digest")
+        except (OSError, SafetensorError):
             return None
+        return tensors if digest == weights_hash(tensors.items()) else None
 
     def put(self, key: str, tensors: dict[str, torch.Tensor]) -> None:
         """Store tensors under `key`; raises StorageError when the disk refuses."""
@@ -37,10 +41,12 @@ class TensorCache:
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, metadata={"digest": weights_hash(whole.items())})
             partial.replace(path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
             raise StorageError(
                 f"the cache {self.folder} cannot be written: {error}", hint="free some space, or set run.output_dir"
             ) from None

@@ -88,7 +88,7 @@ def split(pairs: Sequence[Pair], fraction: float, seed: int, fold: int = 0) -> S
 
 def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
     """Pictures and caption files by the path without its suffix; hidden files and folders are left alone."""
-    known = Image.registered_extensions()
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images: dict[str, list[Path]] = defaultdict(list)
     captions: dict[str, list[Path]] = defaultdict(list)
     root = folder.resolve()
@@ -115,6 +115,8 @@ def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[
 def _unusable(folder: Path, path: Path) -> list[str]:
     """What the header already shows to be wrong with a picture."""
     name = _shown(folder, path)
+    if any("\ud800" <= c <= "\udfff" for c in _key(folder, path)):
+        return [f"{name}: has a name that is not UTF-8; rename it"]
     try:
         if path.stat().st_size == 0:
             return [f"{name}: is empty (0 bytes)"]
@@ -122,7 +124,8 @@ def _unusable(folder: Path, path: Path) -> list[str]:
         try:
             with Image.open(path) as image:
                 width, height = image.size
-                frames = getattr(image, "n_frames", 1)
+                # MPO is a photo with a preview or a second eye beside it, as many phones write under .jpg: its first frame is the photo.
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # Pillow's decoders raise many kinds: each means that this file cannot be read
@@ -141,7 +144,7 @@ def _caption(folder: Path, image: Path, files: list[Path], default: str | None, 
         found.append(f"{', '.join(_shown(folder, f) for f in files)}: two caption files for one picture: remove one")
         return ""
     if not files:
-        return default if default is not None else " ".join(image.stem.replace("_", " ").replace("-", " ").split())
+        return default if default is not None else _one_line(image.stem.replace("_", " ").replace("-", " "))
     name = _shown(folder, files[0])
     try:
         text = files[0].read_bytes().decode("utf-8-sig")
@@ -151,12 +154,17 @@ def _caption(folder: Path, image: Path, files: list[Path], default: str | None, 
     except OSError as error:
         found.append(f"{name}: cannot be read ({_reason(error)})")
         return ""
-    caption = " ".join(text.split())
-    if not caption:
-        found.append(f"{name}: is an empty caption; write one, or remove the file to use the picture's name")
-    elif "\x00" in caption:
+    caption = _one_line(text)
+    if "\0" in text:
         found.append(f"{name}: holds NUL characters; is it a text file saved as UTF-8?")
+    elif not caption:
+        found.append(f"{name}: is an empty caption; write one, or remove the file to use the picture's name")
     return caption
+
+
+def _one_line(text: str) -> str:
+    """Text with control characters and runs of space as single spaces."""
+    return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
 
 
 def _reason(error: Exception) -> str:

@@ -170,7 +170,7 @@ class Bench:
 
     def _load(self, name: str) -> Measured | None:
         try:
-            stored = read_json(self.folder / f"{name}.json")
+            stored = read_json(self.folder / f"{name}.json", sealed=True)
         except InputError:
             return None
         if stored.get("key") != self.key:

@@ -7,6 +7,7 @@ rest is JSON. Everything random derives from the step, so weights, optimizer sta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from sdclr.engine.folder import SCHEMA, storage_errors, sync_folder
+from sdclr.engine.folder import SCHEMA, discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
-from sdclr.errors import CheckpointError, StorageError
+from sdclr.errors import CheckpointError, DivergenceError, StorageError
 from sdclr.model.components import WEIGHTS, read_weights
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
@@ -49,10 +49,12 @@ class Checkpoint:
 def save(folder: Path, kind: str, state: TrainState, modules: dict[str, Any], info: dict[str, Any]) -> Checkpoint:
     """Write the state as one checkpoint of `kind`; `modules` are the unwrapped trained models, `info` goes into state.json.
 
-    Raises StorageError, leaving every earlier checkpoint as it was, when it cannot be written whole.
+    Raises, leaving every earlier checkpoint as it was, StorageError when it cannot be written whole and DivergenceError when it
+    holds numbers that are not finite: an update can spoil the weights a step before a loss shows it.
     """
     weights = {name: module.state_dict() for name, module in modules.items()}
     optimizer = pack_optimizer(state.optimizer) if kind == FULL else None
+    _refuse_non_finite(state.step, weights, optimizer[0] if optimizer else {})
     return save_model(folder, kind, state.step, state.exposure, modules, weights, info, optimizer)
 
 
@@ -63,34 +65,21 @@ def save_model(
     """As `save`, for weights that may have been kept from an earlier step."""
     name = _name(kind, step, exposure, info.get("kappa"))
     final, partial = folder / name, folder / f".{name}.partial"
+    content = {"schema": SCHEMA, "kind": kind, "step": step, "exposure": exposure, **info}
     with storage_errors(final):
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         _refuse_full_disk(folder, weights, optimizer)
-        partial.mkdir()
         try:
+            partial.mkdir()
             for part, module in modules.items():
                 save_weights(module, weights[part], partial / part, part)
             if optimizer:
                 save_file(optimizer[0], partial / OPTIMIZER)
-            content = {
-                "schema": SCHEMA,
-                "kind": kind,
-                "step": step,
-                "exposure": exposure,
-                **info,
-                "optimizer": optimizer[1] if optimizer else {},
-            }
+            content["optimizer"] = optimizer[1] if optimizer else {}
             (partial / STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
             _seal(partial)
-            if final.exists():  # this very step, saved before an interruption
-                shutil.rmtree(final)
-            partial.replace(final)
-            sync_folder(folder)
-        except SafetensorError as error:
-            raise StorageError(
-                f"{final}: cannot be written: {error}", hint="free some space, then: sdclr train CONFIG --resume"
-            ) from error
+            publish(partial, final)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return Checkpoint(final, kind, step)
@@ -118,17 +107,19 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     """What is wrong with a checkpoint on disk; an empty list when every file is there, whole and unaltered."""
     path = checkpoint.path
     try:
-        text = (path / MANIFEST).read_text()
+        text = (path / MANIFEST).read_bytes()
         expected = dict(json.loads(text)["files"])
         if text != _manifest(expected):
             return [f"{MANIFEST} has been altered"]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST} is missing or damaged ({type(error).__name__})"]
     found = []
     for name, digest in expected.items():
         file = path / name
         try:
-            if _sha256(file) != digest:
+            if not file.is_file():
+                found.append(f"{name} is missing")
+            elif _sha256(file) != digest:
                 found.append(f"{name} has been altered or cut")
         except OSError as error:
             found.append(f"{name} cannot be read ({error.strerror})")
@@ -147,33 +138,62 @@ def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)
 
 
 def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest full checkpoint that verifies, and for each newer one that does not, why it was skipped."""
+    """The newest full checkpoint that verifies together with the best state it counts on, and why each newer one was skipped.
+
+    When the best state is lost to every checkpoint, the newest that verifies by itself: better without its best than no run.
+    """
     skipped: list[str] = []
+    without_best = None
     for checkpoint in reversed(available(folder, (FULL,))):
         problems = verify(checkpoint)
         if not problems:
-            return checkpoint, skipped
+            problems = best_beside(checkpoint)[1]
+            if not problems:
+                return checkpoint, skipped
+            without_best = without_best or (checkpoint, list(skipped))
         skipped.append(f"{checkpoint.path}: {'; '.join(problems)}")
-    return None, skipped
+    return without_best or (None, skipped)
+
+
+def best_beside(checkpoint: Checkpoint) -> tuple[Checkpoint | None, list[str]]:
+    """The best state that had been seen when a full checkpoint was saved (None: none was kept), and what is wrong with it."""
+    step = checkpoint.info().get("best_step")
+    if step is None:
+        return None, []
+    found = [best for best in available(checkpoint.path.parent, (BEST,)) if best.step == step]
+    if not found:
+        return None, [f"the best state it counts on (step {step}) is missing"]
+    return found[0], [f"{found[0].path.name}: {problem}" for problem in verify(found[0])]
 
 
 def prune(folder: Path, keep_last: int) -> None:
-    """Delete full checkpoints older than the last `keep_last`, and all but the newest `best`. A deletion that fails costs only space."""
+    """Delete full checkpoints older than the last `keep_last`, and every `best` that none of those counts on; never the newest.
+
+    A deletion that fails costs only space.
+    """
     full, best = available(folder, (FULL,)), available(folder, (BEST,))
-    for checkpoint in (*full[:-keep_last], *best[:-1]):
-        doomed = folder / f".{checkpoint.path.name}.pruned"  # a half-deleted checkpoint must not look like one
-        try:
-            checkpoint.path.replace(doomed)
-        except OSError:
-            continue
-        shutil.rmtree(doomed, ignore_errors=True)
+    counted_on = {_best_step(checkpoint) for checkpoint in full[-keep_last:]}
+    for checkpoint in (*full[:-keep_last], *(b for b in best[:-1] if b.step not in counted_on)):
+        with contextlib.suppress(OSError):
+            discard(checkpoint.path)
+
+
+def _best_step(checkpoint: Checkpoint) -> int | None:
+    try:
+        return checkpoint.info().get("best_step")
+    except CheckpointError:
+        return None  # damaged: nothing can count on it
 
 
 def discard_after(folder: Path, step: int) -> None:
-    """Delete what a resumed run will write again: checkpoints beyond its step, and leftovers of interrupted saves."""
-    for checkpoint in available(folder):
-        if checkpoint.step > step:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+    """Delete what a resumed run will write again: checkpoints beyond its step, and leftovers of interrupted saves.
+
+    The newest goes first. Raises StorageError when one stays: a later resume would take it for this run's.
+    """
+    with storage_errors(folder):
+        for checkpoint in reversed(available(folder)):
+            if checkpoint.step > step:
+                discard(checkpoint.path)
     for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.pruned")] if folder.is_dir() else []:
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -209,30 +229,39 @@ def _name(kind: str, step: int, exposure: float, kappa: float | None) -> str:
 
 
 def _seal(folder: Path) -> None:
-    """fsync every file, then write and fsync the manifest, then the folders."""
+    """Sync every file and folder, then write and sync the manifest of their digests."""
+    sync_tree(folder)
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    digests = {}
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-        digests[path.relative_to(folder).as_posix()] = _sha256(path)
-    with (folder / MANIFEST).open("w") as file:
+    digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    with (folder / MANIFEST).open("wb") as file:
         file.write(_manifest(digests))
         file.flush()
         os.fsync(file.fileno())
-    for directory in {p.parent for p in files} | {folder}:
-        sync_folder(directory)
+    sync_folder(folder)
 
 
-def _manifest(digests: dict[str, str]) -> str:
-    """The manifest's text, with a digest of the digests, so that a flipped bit in the manifest itself is seen."""
+def _manifest(digests: dict[str, str]) -> bytes:
+    """The one text that a manifest of these digests can have, sealed by a digest of its own: a flipped bit anywhere in it is seen."""
     seal = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"schema": SCHEMA, "files": digests, "seal": seal}, indent=1)
+    return json.dumps({"schema": SCHEMA, "files": digests, "seal": seal}, indent=1).encode()
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _refuse_non_finite(
+    step: int, weights: dict[str, dict[str, torch.Tensor]], optimizer: dict[str, torch.Tensor]
+) -> None:
+    named = {f"{part}: {name}": tensor for part, tensors in weights.items() for name, tensor in tensors.items()}
+    named |= {f"optimizer: {name}": tensor for name, tensor in optimizer.items()}
+    for name, tensor in named.items():
+        if not torch.isfinite(tensor).all():
+            raise DivergenceError(
+                f"after step {step} the weights are no longer finite ({name}); they were not saved",
+                hint="lower schedule.max_lr (sdclr range-test says how far)",
+            )
 
 
 def _refuse_full_disk(

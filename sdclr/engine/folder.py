@@ -6,11 +6,15 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from sdclr.errors import InputError, StorageError
 from sdclr.report.metrics import finite
@@ -53,12 +57,10 @@ class RunFolder:
                     f"{self.path} is in use by {holder}",
                     hint="wait for it, stop it, or give this run another name: --set run.name=...",
                 ) from None
-            os.ftruncate(handle, 0)
-            os.pwrite(
-                handle,
-                f"sdclr {what}, process {os.getpid()}, started {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n".encode(),
-                0,
-            )
+            holder = f"sdclr {what}, process {os.getpid()}, started {datetime.datetime.now():%Y-%m-%d %H:%M:%S}\n"
+            with storage_errors(self.path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, holder.encode(), 0)
             yield
         finally:
             os.close(handle)
@@ -74,23 +76,31 @@ def write_bytes(path: Path, data: bytes) -> None:
     partial = path.with_name(f".{path.name}.partial")
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        try:
+            with partial.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)  # what did not fit must not go on taking space
+            raise
         sync_folder(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON document with `"schema"` first, whole; numbers that are not finite become null."""
-    write_text(
-        path, json.dumps(finite({"schema": SCHEMA, **value}), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    )
+    """A JSON document with `"schema"` first and a digest of the rest last, whole; numbers that are not finite become null."""
+    content = finite({"schema": SCHEMA, **value})
+    text = json.dumps({**content, "seal": _seal(content)}, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of our schema. Raises InputError when it is missing, damaged or of another schema."""
+def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
+    """A JSON object of our schema. Raises InputError when it is missing, damaged or of another schema.
+
+    A seal that is there must fit; with `sealed` it must be there, for files that nobody but this program writes.
+    """
     try:
         value = json.loads(path.read_text())
     except FileNotFoundError:
@@ -101,7 +111,48 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(
             f"{path}: is of schema {value.get('schema') if isinstance(value, dict) else None}, this program reads {SCHEMA}"
         )
+    seal = value.pop("seal", None)
+    if seal != _seal(value) and (sealed or seal is not None):
+        raise InputError(f"{path}: has been altered since it was written", hint="remove it, and it will be made again")
     return value
+
+
+def _seal(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Give a finished folder its name in one rename. An older one of that name is hidden first, so that no half of it is ever seen."""
+    if target.exists():
+        hide(target)
+    partial.replace(target)
+    sync_folder(target.parent)
+    shutil.rmtree(_hidden(target), ignore_errors=True)
+
+
+def discard(folder: Path) -> None:
+    """Delete a folder, hidden first: half of it must not look like the whole. Raises OSError when it cannot even be hidden."""
+    hide(folder)
+    shutil.rmtree(_hidden(folder), ignore_errors=True)
+
+
+def hide(folder: Path) -> None:
+    """Take a folder out of sight in one rename."""
+    shutil.rmtree(_hidden(folder), ignore_errors=True)  # of an earlier, interrupted time
+    folder.replace(_hidden(folder))
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.pruned")
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file and folder below survive a power cut."""
+    for directory, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with Path(directory, name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(directory))
 
 
 def sync_folder(folder: Path) -> None:
@@ -118,12 +169,11 @@ def storage_errors(path: Path) -> Iterator[None]:
     """Turn the system's refusal to write into a StorageError that names the place and the remedy."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps the system's refusal in an error of its own
+        code = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in str(error) else 0)
         hint = {
             errno.ENOSPC: "free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.at_troughs); then: sdclr train CONFIG --resume",
             errno.EROFS: "the disk is read-only: set run.output_dir to one that is not",
             errno.EACCES: "you may not write there: set run.output_dir to a folder of yours",
-        }.get(
-            error.errno or 0, "check that the folder still exists and can be written, then: sdclr train CONFIG --resume"
-        )
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}", hint) from error
+        }.get(code, "check that the folder still exists and can be written, then: sdclr train CONFIG --resume")
+        raise StorageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}", hint) from error

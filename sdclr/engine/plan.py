@@ -100,7 +100,7 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
                 f"{measured[0]}: the newest fitting range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",
                 hint="see its reasons and remedies there, or set schedule.max_lr and train.steps yourself",
             )
-    best = measured[1]["best_exposure"]["value"] if measured else None
+    best = (measured[1]["best_exposure"] or {}).get("value") if measured else None
     peak = measured[1]["recommended"]["max_lr"] if measured and max_lr == "auto" else float(max_lr)
     steps = _steps(config, per_epoch, peak, best)
     schedule = make_schedule(config, per_epoch, steps, peak)
@@ -127,14 +127,13 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
     warmup = s.warmup if isinstance(s.warmup, int) else 0
     if s.policy == "everydream" and s.warmup == "auto":
         warmup = int(step_size / 50)  # EveryDream2's default, from its lr_decay_steps
-    start = "peak" if s.policy == "everydream" else s.start
     return Schedule(
         s.policy,
         max_lr,
         steps,
         s.base_lr,
         step_size if s.policy in CYCLIC else 0.0,
-        start,
+        s.start,
         s.gamma or 1.0,
         groups,
         warmup,
@@ -225,18 +224,25 @@ def _steps(config: RunConfig, per_epoch: float, peak: float, best: float | None)
     if isinstance(config.train.steps, Span):
         return config.train.steps.in_steps(per_epoch)
     assert best is not None  # make_plan saw to it
-    s = config.schedule
-    cycle = 2.0 * s.step_size.in_steps(per_epoch) if s.step_size and s.policy in CYCLIC else 1.0
+    return steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
+
+
+def steps_to_exposure(config: RunConfig, per_epoch: float, peak: float, target: float) -> int:
+    """The length at which the config's schedule, with peaks at `peak`, has collected the exposure `target` and ends at a trough."""
+    shape = make_schedule(config, per_epoch, 1, peak)
+    fixed = config.schedule.step_size is not None and shape.half_cycle > 0  # else the cycles stretch with the run
     return steps_for(
-        config.train.kappa * best, lambda steps: make_schedule(config, per_epoch, steps, peak), multiple=cycle
+        target,
+        lambda steps: make_schedule(config, per_epoch, steps, peak),
+        multiple=2 * shape.half_cycle if fixed else 1.0,
+        first=shape.first_trough if fixed else None,
     )
 
 
 def _peak_end(schedule: Schedule) -> str:
-    cycles = schedule.steps / (2 * schedule.step_size)
     whole = "a whole number of cycles" if schedule.start == "low" else "a whole number of cycles and a half"
     return (
-        f"ends near its peak: {schedule.steps} steps are {cycles:.4g} cycles of {2 * schedule.step_size:g} that start {schedule.start}, "
+        f"ends near its peak: {schedule.steps} steps are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:g} that start {schedule.start}, "
         f"and the last step would be at {schedule(schedule.steps - 1):.3g} of {schedule.max_lr:.3g}; give it {whole}"
     )
 
@@ -274,8 +280,8 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         return rows
     s = plan.schedule
     shape = s.policy
-    if s.step_size:
-        shape += f", {plan.steps / (2 * s.step_size):.4g} cycles of {2 * s.step_size:.4g} steps, starting {s.start}"
+    if s.half_cycle:
+        shape += f", {s.cycles:.4g} cycles of {2 * s.half_cycle:.4g} steps, starting {s.start}"
     kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
     return [
         *rows,

@@ -89,6 +89,10 @@ class Watch:
         self.since_best, self.best_weights = state["since_best"], best_weights
         self.base = np.array(state["base"]) if state["base"] is not None else None
 
+    def forget_best(self) -> None:
+        """Begin to look for the best anew: the weights of the one so far are lost."""
+        self.best, self.best_weights, self.since_best = None, None, 0
+
     def _remember(self, look: Look) -> None:
         if self.best and look.loss >= self.best.loss:
             self.since_best += 1

@@ -51,7 +51,7 @@ class Schedule:
         if self.policy in ("constant", "linear"):
             return self._plain(step)
         if self.policy == "everydream":
-            return everydream(step, self.max_lr, round(self.step_size), self.warmup)
+            return everydream(step, self.max_lr, self.step_size, self.warmup)
         phase = step / (2 * self.step_size) + (0.5 if self.start == "peak" else 0.0)
         window = WINDOWS.get(self.policy, WINDOWS["triangular"])
         height = window(phase % 1.0) * self._scale(step, phase)
@@ -74,21 +74,40 @@ class Schedule:
         """The learning rate of every step of the run, shape (steps,)."""
         return np.array([self(step) for step in range(self.steps)])
 
+    @property
+    def half_cycle(self) -> float:
+        """Steps from a trough to the next peak; 0 without cycles. everydream's step_size holds its warm-up too, so its half is shorter."""
+        return max(1.0, self.step_size - self.warmup) if self.policy == "everydream" else self.step_size
+
+    @property
+    def first_trough(self) -> float:
+        """Steps done when the first cycle has ended low."""
+        if self.policy == "everydream":
+            return self.warmup + self.half_cycle
+        return self.half_cycle * (1 if self.start == "peak" else 2)
+
+    @property
+    def cycles(self) -> float:
+        """Cycles in the run, after any warm-up; 0 without cycles."""
+        if not self.half_cycle:
+            return 0.0
+        until_first = 0.5 if self.policy == "everydream" or self.start == "peak" else 1.0
+        return until_first + (self.steps - self.first_trough) / (2 * self.half_cycle)
+
     def troughs(self) -> list[int]:
         """Numbers of steps done at which a cycle has ended low; the end of the run is always one of them."""
         ends = {self.steps}
-        if self.step_size:
-            first = (1.0 if self.start == "peak" else 2.0) * self.step_size
-            lows = first + 2 * self.step_size * np.arange(math.ceil(self.steps / self.step_size))
-            ends |= {round(low) for low in lows if 0 < round(low) <= self.steps}
+        if self.half_cycle:
+            lows = np.arange(self.first_trough, self.steps, 2 * self.half_cycle)
+            ends |= {round(low) for low in lows if 0 < round(low) < self.steps}
         return sorted(ends)
 
     @property
     def ends_near_peak(self) -> bool:
         """Whether a cyclic run's last step lies in the upper half of its cycle, where weights are noisiest."""
-        if not self.step_size:
+        if not self.half_cycle:
             return False
-        u = (self.steps / (2 * self.step_size) + (0.5 if self.start == "peak" else 0.0)) % 1.0
+        u = (self.steps - self.first_trough) / (2 * self.half_cycle) % 1.0
         return 0.25 < u < 0.75
 
 
@@ -101,7 +120,7 @@ def _group_scale(groups: Sequence[Group], cycles_done: float) -> float:
     return groups[-1].scale if groups else 1.0
 
 
-def everydream(step: int, max_lr: float, decay_steps: int, warmup: int) -> float:
+def everydream(step: int, max_lr: float, decay_steps: float, warmup: int) -> float:
     """EveryDream2's cosine: diffusers' `get_cosine_schedule_with_warmup` with a decay shorter than the run.
 
     ½(1 + cos(π·(step − warmup)/(decay_steps − warmup))), not clamped at the end, so it rises again: a cycle of

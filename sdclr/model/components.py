@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -148,9 +148,16 @@ def mixed_precision(precision: str, device: torch.device) -> str:
 
 
 def load_trained(parts: Components, folder: Path, names: tuple[str, ...]) -> None:
-    """Put the weights of a checkpoint's or run's folder into the named parts (strictly: every tensor must fit)."""
+    """Put the weights of a checkpoint's or run's folder into the named parts. Raises InputError where a tensor is missing or does not fit."""
     for name, weights in read_trained(folder, names).items():
-        getattr(parts, name).load_state_dict(weights)
+        try:
+            getattr(parts, name).load_state_dict(weights)
+        except RuntimeError as error:
+            problems = [line.strip() for line in str(error).splitlines()[1:]]
+            raise InputError(
+                f"{folder / name}: does not fit the {name} of model.base: {problems[0][:300]}",
+                hint="its run was trained from another model: name that one as model.base",
+            ) from error
 
 
 def read_trained(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
@@ -189,16 +196,29 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tenso
 def _from_folder_or_hub(base: str) -> Components:
     local = Path(base).is_dir()
     options: dict[str, Any] = {"local_files_only": local}
-    weights = {**options, "torch_dtype": torch.float32, "use_safetensors": True, "low_cpu_mem_usage": False}
-    text_options = {**options, "dtype": torch.float32, "use_safetensors": True}
+    weights = {"use_safetensors": True, "output_loading_info": True, **options}
+    ours = {**weights, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    loaded = {
+        "text_encoder": CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32, **weights),
+        "vae": AutoencoderKL.from_pretrained(base, subfolder="vae", **ours),
+        "unet": UNet2DConditionModel.from_pretrained(base, subfolder="unet", **ours),
+    }
+    for part, (_, info) in loaded.items():
+        _refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
     return Components(
         tokenizer=CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **options),
-        text_encoder=CLIPTextModel.from_pretrained(base, subfolder="text_encoder", **text_options),
-        vae=AutoencoderKL.from_pretrained(base, subfolder="vae", **weights),
-        unet=UNet2DConditionModel.from_pretrained(base, subfolder="unet", **weights),
         noise_scheduler=DDPMScheduler.from_pretrained(base, subfolder="scheduler", **options),
         sampler=_sampler(base, **options),
+        **{part: module for part, (module, _) in loaded.items()},
     )
+
+
+def _refuse_missing(where: str, names: Iterable[str]) -> None:
+    """The libraries fill what is missing with random numbers, and only warn."""
+    missing = sorted(names)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"model.base {where} lack {', '.join(missing[:3])}{more}", hint=_MODEL_HINT)
 
 
 def _from_single_file(config: ModelSection) -> Components:
@@ -217,6 +237,9 @@ def _from_single_file(config: ModelSection) -> Components:
         safety_checker=None,
         feature_extractor=None,
     )
+    for part in WEIGHTS:
+        left = (name for name, tensor in getattr(pipeline, part).state_dict().items() if tensor.is_meta)
+        _refuse_missing(f"{config.base}: the weights of its {part}", left)
     return Components(
         tokenizer=pipeline.tokenizer,
         text_encoder=pipeline.text_encoder,
@@ -230,13 +253,19 @@ def _from_single_file(config: ModelSection) -> Components:
 def _sampler(base: str, **options: Any) -> Any:
     """The sampler that the model's own scheduler_config names."""
     config = DDPMScheduler.load_config(base, subfolder="scheduler", **options)
-    return getattr(diffusers, config["_class_name"]).from_config(config)
+    kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if not hasattr(kind, "from_config"):
+        raise InputError(f"model.base {base}: diffusers knows no scheduler {config.get('_class_name')!r}", _MODEL_HINT)
+    return kind.from_config(config)
 
 
 def _folder_problems(folder: Path) -> list[str]:
     if not (folder / "model_index.json").is_file():
         return [f"model.base {folder}: is not a diffusers folder (model_index.json is missing)"]
     found = [f"model.base {folder}: its part {part}/ is missing" for part in PARTS if not (folder / part).is_dir()]
+    tokenizer = folder / "tokenizer"
+    if tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        found.append(f"{tokenizer}: has neither tokenizer.json nor vocab.json")
     for part, stem in WEIGHTS.items():
         if not (folder / part).is_dir():
             continue
@@ -258,10 +287,10 @@ def _folder_problems(folder: Path) -> list[str]:
 
 def _json_problems(path: Path) -> list[str]:
     try:
-        json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (ValueError, OSError) as error:
         return [f"{path}: is not JSON ({_first_line(error)})"]
-    return []
+    return [] if isinstance(value, dict) else [f"{path}: is not a JSON object"]
 
 
 def _header_problems(path: Path) -> list[str]:
@@ -277,6 +306,17 @@ def _check_shapes(base: str, parts: Components) -> None:
     if width != wanted:
         raise InputError(
             f"model.base {base}: its text encoder gives {width} numbers a token, its UNet wants {wanted}",
+            hint=_MODEL_HINT,
+        )
+    words, known = len(parts.tokenizer), parts.text_encoder.config.vocab_size
+    if words > known:
+        raise InputError(
+            f"model.base {base}: its tokenizer has {words} tokens, its text encoder knows {known}", hint=_MODEL_HINT
+        )
+    kind = parts.noise_scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        raise InputError(
+            f"model.base {base}: its scheduler predicts {kind!r}; sdclr trains epsilon and v_prediction models",
             hint=_MODEL_HINT,
         )
     channels, wanted = parts.vae.config.latent_channels, parts.unet.config.in_channels

@@ -25,10 +25,6 @@ STYLE = {
 }  # fmt: skip
 
 
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-"""matplotlib's own font: it has κ and ×, accents and Cyrillic, which Pillow's default lacks."""
-
-
 def range_test(
     base: float, curves: Sequence[tuple[float, np.ndarray, np.ndarray]], result: dict[str, Any], tolerance: float
 ) -> bytes:
@@ -55,8 +51,9 @@ def _exposure_panel(
             label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),
         )  # fmt: skip
     axes.axhline(1, color=MUTED, lw=1, ls=":")
-    lows = [float((losses.mean(axis=1) / base).min()) for _, _, losses in curves]
-    axes.set_ylim(min(lows) - 0.06 * (1 - min(lows)), 1 + max(0.05, 0.35 * (1 - min(lows))))
+    means = np.concatenate([losses.mean(axis=1) / base for _, _, losses in curves])
+    low = float(np.min(means, where=np.isfinite(means), initial=1.0))
+    axes.set_ylim(low - 0.06 * (1 - low), 1 + max(0.05, 0.35 * (1 - low)))
     axes.text(0.01, 1, " untouched base", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED, fontsize=9.5)
     best = result.get("best_exposure")
     if best:
@@ -163,7 +160,7 @@ def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = (
 def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
     """Several runs laid over one another: rate, losses and gap, against step (left) and against exposure (right)."""
     with matplotlib.rc_context(STYLE):
-        names = [textwrap.fill(name, 96) for name, _ in runs]
+        names = [textwrap.fill(name.replace("$", r"\$"), 96) for name, _ in runs]  # a dollar would begin a formula
         columns = max(1, min(4, 110 // (max(len(line) for name in names for line in name.splitlines()) + 6)))
         figure = Figure(figsize=(12.4, 11.4 + 0.24 * -(-len(runs) // columns)), layout="constrained")
         panels = figure.subplots(4, 2, sharex="col", sharey="row", height_ratios=(1, 1.7, 1.2, 1.1))
@@ -209,7 +206,7 @@ def _run_in_panels(panels: Any, records: list[dict[str, Any]], look: dict[str, A
 def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
     """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
     side = max(128, min(320, cells[0][0].width))
-    font, small = (ImageFont.truetype(FONT, size) for size in (15, 13))
+    font, small = _font(15), _font(13)
     gap, left = 8, 190
     heads = [_wrapped(text, font, side) for text in columns]
     names = [_wrapped(text, small, left - 2 * gap) for text in rows]
@@ -229,6 +226,11 @@ def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: S
             canvas.paste(picture.resize((side, side), resample), (left + c * (side + gap), y))
         y += height[r] + gap
     return canvas
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """matplotlib's DejaVu Sans: Pillow's own font has no κ, and draws a box for it."""
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:

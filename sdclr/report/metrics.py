@@ -5,14 +5,18 @@ No clock is in it: the lines of a run that was interrupted and resumed are, byte
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from sdclr.errors import InputError
 
 SCHEMA = 1
 HEADER = {
@@ -23,35 +27,70 @@ HEADER = {
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished."""
+    """Appends records to metrics.jsonl; opening it cuts everything beyond `upto_step`, and a last line that was never finished.
+
+    A disk that refuses a line does not stop the run: the line waits in memory until `sync`, which every checkpoint asks for first.
+    """
 
     def __init__(self, path: Path, upto_step: int | None = None, tensorboard: Path | None = None):
         self.path = path
         kept = [r for r in read(path) if r["step"] <= upto_step] if upto_step is not None else []
-        partial = path.with_name(f".{path.name}.partial")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text("".join(map(_line, [HEADER, *kept])))
-        partial.replace(path)
-        self.file = path.open("a")
-        self.board = _tensorboard(tensorboard) if tensorboard else None
+        text = "".join(map(_line, [HEADER, *kept])).encode()
+        self._digest = hashlib.sha256(text)
+        self.waiting = b""
+        self.file = self._begin(text)
+        self.board = _tensorboard(tensorboard, upto_step) if tensorboard else None
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One record; `step` is the number of optimizer steps done."""
-        self.file.write(_line({"kind": kind, "step": step, **values}))
-        self.file.flush()
-        if self.board:
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.board(f"{kind}/{name}", value, step)
+        line = _line({"kind": kind, "step": step, **values}).encode()
+        self._digest.update(line)
+        self.waiting += line
+        with contextlib.suppress(OSError):
+            self._write()
+            if self.board:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)):
+                        self.board.add_scalar(f"{kind}/{name}", value, step)
+
+    @property
+    def digest(self) -> str:
+        """Of all lines so far: a checkpoint keeps it, and a resumed run knows by it whether its curves are whole."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Make everything written so far survive a power cut."""
-        self.file.flush()
+        """Make everything added so far survive a power cut; raises OSError. A file that has vanished is written again."""
+        self._write()
+        if not self.path.exists():
+            self.file.seek(0)
+            text = self.file.readall()
+            self.file.close()
+            self.file = self._begin(text)
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Finish the file."""
+        """Finish the files."""
         self.file.close()
+        if self.board:
+            self.board.close()
+
+    def _begin(self, text: bytes) -> io.FileIO:
+        """The file with this text, written whole, open for more."""
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(self.path)
+        self.whole = len(text)
+        return io.FileIO(self.path, "a+")
+
+    def _write(self) -> None:
+        while self.waiting:
+            self.file.truncate(self.whole)  # a write that failed may have left a part of itself
+            written = self.file.write(self.waiting)
+            self.whole, self.waiting = self.whole + written, self.waiting[written:]
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -85,17 +124,23 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open() as file:
+    with path.open("rb") as file:
         for line in file:
             try:
                 record = json.loads(line)
             except ValueError:
-                return  # the line the run died in; nothing follows it
-            if isinstance(record, dict) and record.get("kind") in ("step", "validation"):
+                continue  # the line the run died in, or a damaged one
+            known = isinstance(record, dict) and record.get("kind") in ("step", "validation")
+            if known and isinstance(record.get("step"), int):
                 yield record
 
 
-def _tensorboard(folder: Path) -> Callable[[str, float, int], Any]:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder)).add_scalar
+def _tensorboard(folder: Path, upto_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "run.tensorboard: true needs tensorboard, which is not installed",
+            hint="pip install 'sdclr[tensorboard]', or leave run.tensorboard out: metrics.csv and report.html hold the same numbers",
+        ) from None
+    return SummaryWriter(str(folder), purge_step=None if upto_step is None else upto_step + 1)

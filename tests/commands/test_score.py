@@ -106,13 +106,3 @@ def test_a_folder_without_a_clip_is_refused_with_a_hint(tmp_path):
     with pytest.raises(InputError, match="cannot be loaded") as problem:
         Judge(str(tmp_path))
     assert "safetensors" in problem.value.hint
-
-
-def test_the_grids_labels_have_a_sign_for_every_letter_of_theirs():
-    from PIL import ImageFont
-
-    from sdclr.report.figures import FONT
-
-    font = ImageFont.truetype(FONT, 15)
-    missing = bytes(font.getmask("\uffff"))
-    assert all(bytes(font.getmask(letter)) != missing for letter in "κ×Σéüжλ–…")

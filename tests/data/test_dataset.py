@@ -1,0 +1,199 @@
+"""From file to pixels: every mode of picture, its orientation, and which square of it is seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from sdclr.data.dataset import View, pixels, to_rgb, views
+from sdclr.data.pairs import Pair
+
+
+def pair(path: Path) -> Pair:
+    return Pair(path, path.name, "")
+
+
+def as_bytes(array: np.ndarray) -> np.ndarray:
+    """−1 … 1, (3, height, width) back to 0 … 255, (height, width, 3)."""
+    return np.rint((array.transpose(1, 2, 0) + 1) * 127.5).astype(int)
+
+
+def seen(
+    image: Image.Image, path: Path, resolution: int, view: View | None = None, seed: int = 0, **options: object
+) -> np.ndarray:
+    image.save(path, **options)
+    return as_bytes(pixels(pair(path), resolution, view or View(), seed))
+
+
+def blocks(*rows: list[tuple[int, int, int]], side: int = 16) -> Image.Image:
+    """A picture of blocks of one colour each."""
+    small = Image.fromarray(np.array(rows, dtype=np.uint8))
+    return small.resize((small.width * side, small.height * side), Image.Resampling.NEAREST)
+
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def test_pixels_are_float32_channels_first_from_minus_one_to_one(tmp_path: Path) -> None:
+    blocks([RED, WHITE], [(0, 0, 0), BLUE]).save(tmp_path / "a.png")
+    found = pixels(pair(tmp_path / "a.png"), 32, View())
+    assert found.dtype == np.float32
+    assert found.shape == (3, 32, 32)
+    assert found.flags["C_CONTIGUOUS"]
+    assert found[:, 0, 0].tolist() == [1, -1, -1]
+    assert found[:, 0, 31].tolist() == [1, 1, 1]
+    assert found[:, 31, 0].tolist() == [-1, -1, -1]
+
+
+def test_a_square_picture_at_its_own_size_is_left_as_it_is(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    assert np.array_equal(seen(Image.fromarray(noise), tmp_path / "a.png", 32), noise)
+
+
+def test_a_wide_picture_keeps_its_middle_and_a_tall_one_too(tmp_path: Path) -> None:
+    wide = blocks([RED, RED, GREEN, GREEN, BLUE, BLUE], [RED, RED, GREEN, GREEN, BLUE, BLUE])
+    assert np.array_equal(seen(wide, tmp_path / "a.png", 32), np.full((32, 32, 3), GREEN))
+    assert np.array_equal(
+        seen(wide.transpose(Image.Transpose.ROTATE_90), tmp_path / "b.png", 32), np.full((32, 32, 3), GREEN)
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution"),
+    [((64, 64), 32), ((48, 48), 96), ((1000, 33), 32), ((33, 1000), 64), ((333, 777), 64), ((17, 16), 512)],
+)
+def test_any_size_becomes_exactly_the_square_asked_for(tmp_path: Path, size: tuple[int, int], resolution: int) -> None:
+    assert seen(Image.new("RGB", size, "red"), tmp_path / "a.png", resolution).shape == (resolution, resolution, 3)
+    assert pixels(pair(tmp_path / "a.png"), resolution, View(3)).shape == (3, resolution, resolution)
+
+
+def test_a_picture_twice_as_large_is_what_pillows_lanczos_makes_of_it(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    assert np.array_equal(
+        seen(noise, tmp_path / "a.png", 32), np.asarray(noise.resize((32, 32), Image.Resampling.LANCZOS))
+    )
+
+
+def test_a_flipped_view_is_the_mirror_of_the_plain_one(tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 64, 3), dtype=np.uint8))
+    for crop in (0, 1, 2):
+        plain, flipped = (seen(image, tmp_path / "a.png", 32, View(crop, mirrored)) for mirrored in (False, True))
+        assert np.array_equal(flipped, plain[:, ::-1])
+        assert not np.array_equal(flipped, plain)
+
+
+def test_random_squares_differ_by_number_seed_and_picture_and_by_nothing_else(tmp_path: Path) -> None:
+    gradient = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8)[None, :, None], (32, 1, 3)))
+    first = [seen(gradient, tmp_path / "a.png", 32, View(crop), seed=1)[0, 0, 0] for crop in range(1, 9)]
+    again = [seen(gradient, tmp_path / "a.png", 32, View(crop), seed=1)[0, 0, 0] for crop in range(1, 9)]
+    seed = [seen(gradient, tmp_path / "a.png", 32, View(crop), seed=2)[0, 0, 0] for crop in range(1, 9)]
+    other = [seen(gradient, tmp_path / "b.png", 32, View(crop), seed=1)[0, 0, 0] for crop in range(1, 9)]
+    assert first == again
+    assert len({tuple(first), tuple(seed), tuple(other)}) == 3
+    assert len(set(first)) > 4
+    assert all(0 <= left <= 256 - 32 for left in first)
+
+
+# Where the corner colours must come from, for each EXIF orientation: what is stored top left, top right, bottom left, bottom right
+# is shown at these places of (top left, top right, bottom left, bottom right). From the EXIF 2.3 standard's table of row 0 and column 0.
+CORNERS = {
+    1: (0, 1, 2, 3), 2: (1, 0, 3, 2), 3: (3, 2, 1, 0), 4: (2, 3, 0, 1),
+    5: (0, 2, 1, 3), 6: (2, 0, 3, 1), 7: (3, 1, 2, 0), 8: (1, 3, 0, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", CORNERS)
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
+def test_the_exif_orientation_is_applied(tmp_path: Path, orientation: int, ending: str) -> None:
+    colours = [RED, GREEN, BLUE, WHITE]
+    image = blocks(colours[:2], colours[2:])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    quality = {"quality": 100} if ending in ("jpg", "webp") else {}
+    found = seen(image, tmp_path / f"a.{ending}", 32, exif=exif, **quality)
+    corners = [found[4, 4], found[4, 27], found[27, 4], found[27, 27]]
+    expected = [colours[place] for place in CORNERS[orientation]]
+    assert np.abs(np.array(corners) - np.array(expected)).max() < 12
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        assert np.array_equal(found, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+
+
+def test_grayscale_has_three_equal_channels(tmp_path: Path) -> None:
+    ramp = np.arange(0, 256, 8, dtype=np.uint8)
+    found = seen(Image.fromarray(np.tile(ramp, (32, 1))), tmp_path / "a.png", 32)
+    assert np.array_equal(found, np.tile(ramp[None, :, None], (32, 1, 3)))
+
+
+def test_cmyk_is_seen_in_its_colours(tmp_path: Path) -> None:
+    image = Image.new("CMYK", (32, 32), (0, 255, 255, 0))
+    assert np.abs(seen(image, tmp_path / "a.jpg", 32, quality=100) - np.array(RED)).max() <= 3
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_sixteen_bits_of_gray_are_scaled_to_eight(tmp_path: Path, ending: str) -> None:
+    values = np.array([0, 128, 257, 32768, 65535], dtype=np.uint16)
+    image = Image.fromarray(np.tile(np.repeat(values, 8), (40, 1)).astype(np.uint16))
+    found = seen(image, tmp_path / f"a.{ending}", 40)
+    assert found[3, 4::8, 0].tolist() == [0, 0, 1, 128, 255]
+
+
+def test_floats_are_read_as_zero_to_one_or_as_zero_to_255(tmp_path: Path) -> None:
+    small = Image.fromarray(np.full((32, 32), 0.5, dtype=np.float32))
+    large = Image.fromarray(np.full((32, 32), 127.5, dtype=np.float32))
+    assert seen(small, tmp_path / "a.tiff", 32)[0, 0].tolist() == [128] * 3
+    assert seen(large, tmp_path / "b.tiff", 32)[0, 0].tolist() == [128] * 3
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(tmp_path: Path, mode: str) -> None:
+    if mode == "P":
+        image = Image.new("P", (32, 32), 0)
+        image.putpalette([0, 0, 0, 255, 0, 0])
+        found = seen(image, tmp_path / "a.png", 32, transparency=0)
+        assert np.array_equal(found, np.full((32, 32, 3), 255))
+        return
+    clear = (0, 0, 0, 0) if mode == "RGBA" else (0, 0)
+    half = (0, 0, 0, 128) if mode == "RGBA" else (0, 128)
+    image = Image.new(mode, (32, 32), clear)
+    image.paste(half, (16, 0, 32, 32))
+    found = seen(image, tmp_path / "a.png", 32)
+    assert found[0, 0].tolist() == [255] * 3
+    assert np.abs(found[0, 31] - 127).max() <= 1
+
+
+def test_an_opaque_palette_and_a_bitmap_keep_their_colours(tmp_path: Path) -> None:
+    palette = Image.new("P", (32, 32), 1)
+    palette.putpalette([0, 0, 0, 255, 0, 0])
+    assert seen(palette, tmp_path / "a.png", 32)[0, 0].tolist() == list(RED)
+    assert seen(Image.new("1", (32, 32), 1), tmp_path / "b.png", 32)[0, 0].tolist() == list(WHITE)
+
+
+def test_to_rgb_leaves_rgb_as_it_is() -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(to_rgb(noise)), np.asarray(noise))
+
+
+def test_a_file_cut_in_the_middle_is_an_os_error(tmp_path: Path) -> None:
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a.jpg")
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
+    with pytest.raises(OSError, match="truncated"):
+        pixels(pair(tmp_path / "a.jpg"), 32, View())
+
+
+@pytest.mark.parametrize(
+    ("crop", "crops", "flip", "names"),
+    [
+        ("center", 1, False, ["0"]),
+        ("center", 1, True, ["0", "0f"]),
+        ("random", 2, False, ["1", "2"]),
+        ("random", 2, True, ["1", "1f", "2", "2f"]),
+    ],
+)
+def test_the_views_are_the_centre_or_the_random_squares_each_with_its_mirror(
+    crop: str, crops: int, flip: bool, names: list[str]
+) -> None:
+    assert [view.name for view in views(crop, crops, flip)] == names

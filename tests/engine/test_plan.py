@@ -1,0 +1,306 @@
+"""What a run will do, worked out from config and folder alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdclr.config.source import LoadedConfig, load
+from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, only, read_inputs
+from sdclr.errors import ConfigError, DataError, InputError
+
+BASE = {
+    "run": "{name: a, output_dir: runs, seed: 3}",
+    "model": "{base: base}",
+    "data": "{images: images, resolution: 32}",
+    "batch": "{size: 4}",
+    "schedule": "{policy: triangular, max_lr: 1.0e-3, cycles: 4}",
+    "train": "{steps: 80}",
+}
+Write = Callable[..., LoadedConfig]
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """write(section="{...}") -> loaded config over 20 pictures (16 to train on, 4 held out) and a stand-in for a model."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((32, 32, 3), 5 * i, dtype=np.uint8)).save(f"images/{i:02d}.png")
+    Path("base/unet").mkdir(parents=True)
+    Path("base/unet/x.safetensors").write_bytes(bytes(range(256)))
+
+    def run(**sections: str) -> LoadedConfig:
+        Path("c.yaml").write_text("".join(f"{name}: {value}\n" for name, value in (BASE | sections).items()))
+        return load("c.yaml")
+
+    return run
+
+
+def plan_of(loaded: LoadedConfig) -> Plan:
+    return make_plan(loaded, read_inputs(loaded))
+
+
+def save_range_test(loaded: LoadedConfig, run: str = "a", when: int | None = None, **result: Any) -> Path:
+    """A range test's result as the command writes it, for this config and its images."""
+    path = Path("runs") / run / "range-test" / "result.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "schema": 1, "verdict": "conclusive", "reasons": [], "best_exposure": {"value": 0.02, "interval": [0.01, 0.03]},
+        "recommended": {"base_lr": 0.0, "max_lr": 5e-4, "steps": 80, "cycles": 4}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+    } | result  # fmt: skip
+    path.write_text(json.dumps(found))
+    if when is not None:
+        os.utime(path, (when, when))
+    return path
+
+
+AUTO = {"schedule": "{policy: triangular, cycles: 4}", "train": "{steps: auto}"}
+
+
+def problem(call: Callable[[], Any], kind: type[InputError] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    return str(caught.value)
+
+
+def test_epochs_and_cycles_become_steps(write: Write) -> None:
+    plan = plan_of(write(train="{steps: 10 epochs}", validation="{every: 1 epoch}", checkpoint="{every: 2.5 epochs}"))
+    assert (plan.steps, plan.validate_every, plan.save_every) == (40, 4, 10)
+    assert plan.schedule.step_size == 5
+    assert plan.schedule.troughs() == [10, 20, 30, 40]
+    assert plan.source is None
+
+
+def test_smiths_rule_of_epochs_gives_the_half_cycle(write: Write) -> None:
+    plan = plan_of(
+        write(schedule="{policy: triangular, max_lr: 1e-3, step_size: 10 epochs}", train="{steps: 200 epochs}")
+    )
+    assert (plan.steps, plan.schedule.step_size, plan.schedule.cycles) == (800, 40, 10)
+
+
+def test_groups_set_the_number_of_cycles(write: Write) -> None:
+    schedule = "{policy: triangular, max_lr: 1e-3, start: peak, groups: [{cycles: 3}, {cycles: 2, scale: 0.5}, {cycles: 1.5, scale: 0.25}]}"
+    plan = plan_of(write(schedule=schedule, train="{steps: 130}"))
+    assert plan.schedule.step_size == 10
+    assert plan.schedule(60) == pytest.approx(5e-4)
+
+
+@pytest.mark.parametrize(("step_size", "warmup"), [(50, 1), (40, 0), (8, 0), (100, 2), (49, 0)])
+def test_everydreams_automatic_warm_up_is_a_fiftieth_of_its_step_size(
+    write: Write, step_size: int, warmup: int
+) -> None:
+    plan = plan_of(
+        write(
+            schedule=f"{{policy: everydream, max_lr: 1.13e-6, step_size: {step_size}, warmup: auto, allow_peak_end: true}}",
+            train="{steps: 550}",
+        )
+    )
+    assert plan.schedule.warmup == warmup
+    assert plan.schedule.start == "peak"
+    if step_size == 50:
+        assert plan.schedule(549) == pytest.approx(9.15e-8, rel=5e-3)
+
+
+def test_a_plan_that_ends_near_the_peak_is_refused_at_the_schedule_unless_accepted(write: Write) -> None:
+    schedule = "{policy: triangular, max_lr: 1e-3, cycles: 5.5}"
+    found = problem(lambda: plan_of(write(schedule=schedule, train="{steps: 110}")))
+    assert found.startswith("c.yaml:5:1: schedule ends near its peak: 110 steps are 5.5 cycles of 20 that start low")
+    assert "the last step would be at 0.0009 of 0.001; give it a whole number of cycles" in found
+    assert plan_of(
+        write(schedule=schedule[:-1] + ", allow_peak_end: true}", train="{steps: 110}")
+    ).schedule.ends_near_peak
+
+
+def test_everydreams_end_is_told_in_the_cycles_that_its_warm_up_leaves(write: Write) -> None:
+    found = problem(
+        lambda: plan_of(
+            write(schedule="{policy: everydream, max_lr: 1e-6, step_size: 50, warmup: 20}", train="{steps: 140}")
+        )
+    )
+    assert "140 steps are 2 cycles of 60 that start peak" in found
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        "{policy: triangular, max_lr: 1e-3, step_size: 7}", "{policy: triangular, max_lr: 1e-3, step_size: 7, start: peak}",
+        "{policy: hann, max_lr: 1e-3, step_size: 2 epochs, start: peak}", "{policy: everydream, max_lr: 1e-3, step_size: 20, warmup: 3}",
+        "{policy: triangular, max_lr: 1e-3, cycles: 4}", "{policy: triangular, max_lr: 1e-3, cycles: 3.5, start: peak}",
+    ],
+)  # fmt: skip
+def test_automatic_steps_collect_the_best_exposure_and_end_at_a_trough(write: Write, schedule: str) -> None:
+    loaded = write(schedule=schedule, train="{steps: auto}")
+    save_range_test(loaded, best_exposure={"value": 0.1, "interval": [0.1, 0.1]})
+    plan = plan_of(loaded)
+    assert not plan.schedule.ends_near_peak
+    assert plan.schedule(plan.steps) == pytest.approx(0, abs=2e-5)
+    assert plan.kappa == pytest.approx(1, abs=0.08)
+    assert plan.exposure == pytest.approx(sum(plan.schedule(step) for step in range(plan.steps)))
+
+
+def test_kappa_multiplies_the_exposure(write: Write) -> None:
+    once = write(schedule="{policy: constant}", train="{steps: auto}")
+    save_range_test(once)
+    plan = plan_of(once)
+    twice = plan_of(write(schedule="{policy: constant}", train="{steps: auto, kappa: 2}"))
+    assert plan.schedule.max_lr == 5e-4
+    assert (plan.steps, twice.steps) == (40, 80)
+    assert twice.kappa == pytest.approx(2)
+
+
+def test_an_exposure_that_the_schedule_never_collects_is_an_input_error(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sdclr.lr.exposure.MAX_STEPS", 5000)
+    loaded = write(schedule="{policy: exp_range, max_lr: 1e-3, step_size: 7, gamma: 0.5}", train="{steps: auto}")
+    save_range_test(loaded)
+    assert "more than 5,000 steps" in problem(lambda: plan_of(loaded), InputError)
+
+
+def test_auto_without_a_range_test_names_the_command_that_makes_one(write: Write) -> None:
+    with pytest.raises(InputError, match=r"schedule.max_lr and train.steps: auto needs a range test") as caught:
+        plan_of(write(**AUTO))
+    assert caught.value.hint == "measure it first: sdclr range-test c.yaml"
+
+
+def test_the_newest_fitting_range_test_is_taken_and_the_runs_own_first(write: Write) -> None:
+    loaded = write(**AUTO)
+    old = save_range_test(loaded, "old", when=1000)
+    assert plan_of(loaded).source == old
+    new = save_range_test(loaded, "new", when=2000)
+    assert plan_of(loaded).source == new
+    save_range_test(loaded, "newer-but-other", when=3000, fingerprint={"model": "other"})
+    assert plan_of(loaded).source == new
+    own = save_range_test(loaded, "a", when=500)
+    assert plan_of(loaded).source == own
+
+
+def test_a_damaged_result_is_passed_over(write: Write) -> None:
+    loaded = write(**AUTO)
+    good = save_range_test(loaded, "good")
+    save_range_test(loaded, "a").write_text("{")
+    assert plan_of(loaded).source == good
+
+
+def test_a_range_test_that_does_not_fit_is_named_with_what_differs(write: Write) -> None:
+    save_range_test(write(**AUTO), "old")
+    found = problem(lambda: plan_of(write(**AUTO, batch="{size: 2}")), InputError)
+    assert "runs/old/range-test/result.json: differs in batch (4 there, 2 here)" in found
+
+
+def test_an_inconclusive_range_test_decides_nothing_but_stops_nobody_who_decides_himself(write: Write) -> None:
+    loaded = write(**AUTO)
+    save_range_test(loaded, verdict="inconclusive", best_exposure=None, recommended=None)
+    assert "was inconclusive" in problem(lambda: plan_of(loaded), InputError)
+    plan = plan_of(write())
+    assert plan.steps == 80
+    assert plan.kappa is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "{base: base, train: [unet, text_encoder]}"}, {"data": "{images: images, resolution: 64}"}, {"data": "{images: images, resolution: 32, flip: true}"},
+        {"batch": "{size: 4, accumulate: 2}"}, {"optimizer": "{weight_decay: 0.1}"}, {"loss": "{noise_offset: 0.05}"}, {"data": "{images: images, resolution: 32, caption: x}"},
+    ],
+)  # fmt: skip
+def test_the_fingerprint_changes_with_what_the_answer_depends_on(write: Write, change: dict[str, str]) -> None:
+    before, after = (fingerprint(loaded.config, read_inputs(loaded)) for loaded in (write(), write(**change)))
+    assert before != after
+
+
+def test_the_fingerprint_does_not_change_with_what_the_answer_does_not_depend_on(write: Write) -> None:
+    before = fingerprint(write().config, read_inputs(write()))
+    other = write(
+        run="{name: b, seed: 9}", schedule="{policy: hann, cycles: 2}", train="{steps: 9}", sample="{steps: 3}"
+    )
+    assert fingerprint(other.config, read_inputs(other)) == before
+    shutil.copytree("images", "elsewhere")
+    shutil.copytree("base", "copy")
+    moved = write(data="{images: elsewhere, resolution: 32}", model="{base: copy}")
+    assert fingerprint(moved.config, read_inputs(moved)) == before
+
+
+@pytest.mark.parametrize("victim", ["images/03.png", "base/unet/x.safetensors"])
+def test_the_fingerprint_sees_one_changed_byte_of_a_picture_or_a_small_model(write: Write, victim: str) -> None:
+    loaded = write()
+    inputs = read_inputs(loaded)
+    before = fingerprint(loaded.config, inputs)
+    data = bytearray(Path(victim).read_bytes())
+    data[-1] ^= 1
+    Path(victim).write_bytes(data)
+    assert fingerprint(loaded.config, inputs) != before
+
+
+def test_a_batch_larger_than_the_training_images_is_refused_at_its_cause(write: Write) -> None:
+    assert problem(lambda: read_inputs(write(batch="{size: 21}"))).startswith(
+        "c.yaml:4:9: batch.size leaves 16 images to train on, and a batch needs 21"
+    )
+    found = problem(lambda: read_inputs(write(batch="{size: 18}", validation="{fraction: 0.2}")))
+    assert (
+        found
+        == "c.yaml:7:14: validation.fraction leaves 16 images to train on, and a batch needs 18; 4 of 20 are held out"
+    )
+    loaded = write(batch="{size: 9}")
+    assert "a batch needs 18" in problem(lambda: read_inputs(loaded, processes=2))
+
+
+def test_a_share_too_small_to_hold_one_image_out_is_refused(write: Write) -> None:
+    found = problem(lambda: read_inputs(write(validation="{fraction: 0.02}")))
+    assert (
+        found == "c.yaml:7:14: validation.fraction of 20 images is none; raise it, or set 0 to train without validation"
+    )
+    assert read_inputs(write(validation="{fraction: 0}")).split.validation == ()
+
+
+def test_one_picture_in_both_halves_is_refused_by_both_names(write: Write) -> None:
+    inputs = read_inputs(write())
+    held, trained = inputs.split.validation[0].path, inputs.split.train[0].path
+    shutil.copy(held, trained)
+    found = problem(lambda: read_inputs(write()), DataError)
+    assert found == f"{trained} and {held} are the same picture, one to train on and one held out: remove one"
+
+
+def test_the_same_picture_twice_in_one_half_is_allowed(write: Write) -> None:
+    inputs = read_inputs(write())
+    shutil.copy(inputs.split.train[0].path, inputs.split.train[1].path)
+    assert len(read_inputs(write()).split.train) == 16
+
+
+def test_processes_share_one_stream(write: Write) -> None:
+    loaded = write(batch="{size: 2, accumulate: 2}")
+    inputs = [read_inputs(loaded, rank, 2) for rank in range(2)]
+    assert [i.steps_per_epoch for i in inputs] == [2.0, 2.0]
+    seen = [s.index for step in range(2) for i in inputs for micro in i.batches(step) for s in micro]
+    assert sorted(seen) == list(range(16))
+
+
+def test_the_description_says_the_numbers_of_the_plan(write: Write) -> None:
+    loaded = write(train="{steps: 20 epochs}")
+    inputs: Inputs = read_inputs(loaded)
+    rows = dict(describe(loaded.config, inputs, make_plan(loaded, inputs)))
+    assert rows["images"] == "16 to train on, 4 held out"
+    assert rows["batch"] == "4 samples a step; 4 steps an epoch"
+    assert rows["steps"] == "80 (20 epochs)"
+    assert rows["schedule"] == "triangular, 4 cycles of 20 steps, starting low"
+    assert rows["learning rate"] == "0 to 0.001; the last step is at 0.0001"
+    assert rows["exposure"] == "0.04"
+    assert list(dict(describe(loaded.config, inputs, None))) == ["images", "batch"]
+
+
+def test_changed_lists_every_dotted_key_that_differs_and_only_filters_by_prefix() -> None:
+    before = {"a": {"x": 1, "y": [1, 2]}, "b": 3, "gone": 1}
+    after = {"a": {"x": 1, "y": [1, 3]}, "b": 4, "new": None, "c": {"d": 5}}
+    found = changed(before, after)
+    assert found == [("a.y", [1, 2], [1, 3]), ("b", 3, 4), ("gone", 1, None), ("c", None, {"d": 5})]
+    assert only(found, ("a.", "g")) == [("a.y", [1, 2], [1, 3]), ("gone", 1, None)]
+    assert changed(before, before) == []
