@@ -21,10 +21,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 RESULTS = Path(__file__).with_name("results.json")
 TIMEOUT = 120
@@ -118,8 +120,10 @@ class Disk:
         self.root, self.at, self.fault, self.half, self.lasting = root.resolve(), at, fault, half, lasting
         self.log: list[tuple[str, str]] = []
 
-    def touch(self, name: str, path: Any, write_half: Callable[[], Any] | None = None) -> None:
-        """An operation is about to happen."""
+    def touch(
+        self, name: str, path: Any, write_half: Callable[[], Any] | None = None, handle: int | None = None
+    ) -> None:
+        """An operation is about to happen; `handle` is the open file's, where there is one."""
         place = self._under_root(path)
         if place is None:
             return
@@ -179,7 +183,7 @@ class Disk:
             return real_open(path, flags, *args, **kwargs)
 
         def patched_pwrite(handle: int, data: bytes, offset: int) -> int:
-            touch("write", handle, lambda: real_pwrite(handle, data[: len(data) // 2], offset))
+            touch("write", handle, lambda: real_pwrite(handle, data[: len(data) // 2], offset), handle)
             return real_pwrite(handle, data, offset)
 
         os.open, os.pwrite = patched_open, patched_pwrite  # type: ignore[assignment]
@@ -198,7 +202,7 @@ class Disk:
                     self.file.write(data[: len(data) // 2])
                     self.file.flush()
 
-                touch("write", self.path, half)
+                touch("write", self.path, half, self.file.fileno())
                 return self.file.write(data)
 
             def __enter__(self) -> File:
@@ -222,7 +226,7 @@ class Disk:
                 super().__init__(path, mode)
 
             def write(self, data: Any) -> int:
-                touch("write", self.name, lambda: super(FileIO, self).write(data[: len(data) // 2]))
+                touch("write", self.name, lambda: super(FileIO, self).write(data[: len(data) // 2]), self.fileno())
                 return super().write(data)
 
         builtins.open = io.open = patched  # type: ignore[assignment]
@@ -260,32 +264,101 @@ def every_fault(ops: list[tuple[str, str]], share: int, first: int = 0) -> list[
     return faults[first::share]
 
 
-def kill_after_calls(count: int) -> None:
-    """Kill this process at the `count`-th Python call from now: a moment anywhere between two file operations."""
+class Deaths(Disk):
+    """At every operation (or at given numbers of Python calls) a fork of the process dies by SIGKILL there, and the run goes on.
+
+    What each death left of the run's folder is kept under `states`, one copy of those that are the same to the byte; the list of
+    deaths is in its index.json.
+    """
+
+    def __init__(self, root: Path, folder: Path, states: Path, calls: Sequence[int] = ()):
+        super().__init__(root)
+        self.folder, self.states, self.calls = folder, states, set(calls)
+        self.deaths: list[tuple[str, str, str]] = []
+        shutil.rmtree(states, ignore_errors=True)
+        states.mkdir()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        if self.calls:
+            count_calls(at=lambda number: self._die(f"call {number}", "call") if number in self.calls else None)
+        else:
+            self._patch_os()
+            self._patch_open()
+            self._patch_safetensors()
+        try:
+            yield
+        finally:
+            sys.setprofile(None)
+            (self.states / "index.json").write_text(json.dumps(self.deaths))
+
+    def touch(
+        self, name: str, path: Any, write_half: Callable[[], Any] | None = None, handle: int | None = None
+    ) -> None:
+        before = len(self.log)
+        super().touch(name, path, write_half, handle)
+        if len(self.log) == before:
+            return
+        what = f"{len(self.log)} {name} {self.log[-1][1]}"
+        self._die(what, name)
+        if write_half:
+            self._die(
+                f"{what}, half", name, write_half, f"/proc/self/fd/{handle}" if handle is not None else path, handle
+            )
+
+    def _die(
+        self,
+        what: str,
+        kind: str,
+        write_half: Callable[[], Any] | None = None,
+        path: Any = None,
+        handle: int | None = None,
+    ) -> None:
+        before = Path(path).stat().st_size if write_half and Path(path).exists() else None
+        at = os.lseek(handle, 0, os.SEEK_CUR) if handle is not None else 0
+        child = os.fork()
+        if child == 0:
+            if write_half:
+                write_half()
+            os.kill(os.getpid(), signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL, f"{what}: lived"
+        self.deaths.append((what, kind, self._keep()))
+        if write_half:  # the run that lives has not written this
+            Path(path).unlink() if before is None else os.truncate(path, before)
+            if handle is not None:
+                os.lseek(handle, at, os.SEEK_SET)
+
+    def _keep(self) -> str:
+        if not self.folder.is_dir():
+            return "nothing"
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.rglob("*")):
+            digest.update(
+                f"{path.relative_to(self.folder)}\0".encode() + (path.read_bytes() if path.is_file() else b"folder")
+            )
+        state = digest.hexdigest()[:16]
+        if not (self.states / state).exists():
+            shutil.copytree(self.folder, self.states / state)
+        return state
+
+
+def count_calls(at: Callable[[int], Any] = lambda number: None) -> Callable[[], int]:
+    """From now on count the calls of Python functions, tell `at` of each, and give the count when asked."""
     calls = [0]
 
     def heard(frame: Any, event: str, argument: Any) -> None:
         if event == "call":
             calls[0] += 1
-            if calls[0] == count:
-                os.kill(os.getpid(), signal.SIGKILL)
+            at(calls[0])
 
     sys.setprofile(heard)
 
-
-def count_calls(work: Callable[[], Any]) -> int:
-    """How many Python calls some work makes."""
-    calls = [0]
-
-    def heard(frame: Any, event: str, argument: Any) -> None:
-        calls[0] += event == "call"
-
-    sys.setprofile(heard)
-    try:
-        work()
-    finally:
+    def stop() -> int:
         sys.setprofile(None)
-    return calls[0]
+        return calls[0]
+
+    return stop
 
 
 # The laboratory --------------------------------------------------------------------------------------------------------------
@@ -371,6 +444,17 @@ class Lab:
 
         return in_child(work, disk, self.root / "child.log")
 
+    def deaths(
+        self, start: Path | None, work: Callable[..., Outcome], calls: Sequence[int] = ()
+    ) -> list[tuple[str, str, Path | None]]:
+        """Every death of a run that begins from `start`: what died where, the kind of place, and the state of the folder it left."""
+        self.reset(start)
+        states = self.root / "states"
+        outcome = work(disk=Deaths(self.runs, self.folder, states, calls))
+        assert outcome.code in (0, 3), outcome.text
+        index = json.loads((states / "index.json").read_text())
+        return [(what, kind, None if state == "nothing" else states / state) for what, kind, state in index]
+
     def recover(self, *overrides: str) -> Outcome:
         """What a user does after a crash: resume, or start when nothing had been kept yet."""
         outcome = self.train(*overrides, resume=True)
@@ -444,3 +528,10 @@ def picks(seed: int, count: int, limit: int) -> list[int]:
 
 
 NO_SPACE, READ_ONLY, BROKEN, GONE, QUOTA = errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOENT, errno.EDQUOT
+
+
+def thinned(thin: int, full: int = 1):
+    """A test's `share`: one in `thin` of its trials in `make test`, one in `full` (all of them) in `make test-faults`."""
+    return pytest.mark.parametrize(
+        "share", [pytest.param(thin, id="sample"), pytest.param(full, id="all", marks=pytest.mark.faults)]
+    )

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import BROKEN, NO_SPACE, QUOTA, READ_ONLY, Disk, Lab, Outcome, Tally, differences, every_fault
+from inject import BROKEN, NO_SPACE, QUOTA, READ_ONLY, Disk, Lab, Outcome, Tally, differences, every_fault, thinned
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +97,7 @@ def test_a_folder_that_vanishes(lab: Lab, reference, operations, share: int) -> 
     """The run's folder is deleted under the run; it is made again, or the run ends with a word and can be started again."""
 
     class Vanishing(Disk):
-        def touch(self, name, path, write_half=None) -> None:
+        def touch(self, name, path, write_half=None, handle=None) -> None:
             before = len(self.log)
             super().touch(name, path)
             if len(self.log) == self.number and before < self.number:

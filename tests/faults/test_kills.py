@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import Disk, Lab, Tally, count_calls, differences, every_fault, in_child, kill_after_calls, picks
+from inject import Disk, Lab, Tally, count_calls, differences, in_child, picks, thinned
 
 KEEP_MORE = ("checkpoint.keep_last=3",)
 
@@ -33,111 +34,95 @@ def recovered(lab: Lab, reference: dict[str, str], *overrides: str) -> tuple[str
     return ("" if outcome.kind == "done" else f"{outcome.kind}: {outcome.text}"), f"differs: {other}" if other else ""
 
 
-@thinned(24)
-def test_a_kill_at_every_file_operation_of_a_run(lab: Lab, reference, share: int) -> None:
-    lab.reset()
-    ops = lab.train(disk=Disk(lab.runs)).ops
-    tally = Tally("kills: every file operation of a run", share)
-    for number, half in every_fault(ops, share, first=share // 2):
-        lab.reset()
-        killed = lab.train(disk=Disk(lab.runs, number, half=half))
-        name, path = ops[number - 1]
-        alive = "" if killed.kind == "killed" else f"was not killed but {killed.kind} {killed.text}"
-        tally.add(f"{number}{' half' if half else ''} {name} {path}", alive, *recovered(lab, reference), kind=name)
+def tell(tally: Tally, deaths: list, share: int, go_on: Callable[[Path | None], tuple[str, ...]]) -> None:
+    """Go on from the folder that each death left; folders that are the same to the byte are gone on from once."""
+    known: dict[Path | None, tuple[str, ...]] = {}
+    for what, kind, state in deaths[share // 2 :: share]:
+        if state not in known:
+            known[state] = go_on(state)
+        tally.add(what, *known[state], kind=kind)
+    tally.kinds["different folders left"] = len(known)
     tally.report()
 
 
-@thinned(24)
+@thinned(40)
+def test_a_kill_at_every_file_operation_of_a_run(lab: Lab, reference, share: int) -> None:
+    def go_on(state: Path | None) -> tuple[str, ...]:
+        lab.reset(state)
+        return recovered(lab, reference)
+
+    tell(Tally("kills: every file operation of a run", share), lab.deaths(None, lab.train), share, go_on)
+
+
+@thinned(40)
 def test_a_kill_at_every_file_operation_of_a_resume(lab: Lab, share: int) -> None:
-    """From the worst folder there is: the newest checkpoint damaged, its best too, an earlier one to fall back to, leftovers of a
-    broken save and a broken prune, metrics that run ahead, a trough that was never written."""
+    """From the worst folder there is: the newest checkpoint damaged, earlier ones to fall back to, leftovers of a broken save and of
+    a broken prune, metrics that run ahead, a trough that was never written."""
     lab.reset()
     assert lab.train(*KEEP_MORE).kind == "done"
     reference = lab.print_of()
-    lab.reset()
-    lab.train(*KEEP_MORE, disk=Disk(lab.runs, _operation(lab, "replace", "step-000003")))
     checkpoints = lab.folder / "checkpoints"
     shutil.copytree(checkpoints / "step-000002", checkpoints / ".step-000009.pruned")
-    shutil.copytree(checkpoints / "step-000002", checkpoints / "step-000003")
-    (checkpoints / "step-000003/state.json").write_text("{}")
+    shutil.copytree(checkpoints / "step-000002/unet", checkpoints / ".step-000009.partial")
+    (checkpoints / "step-000004/state.json").write_text("{}")
+    (checkpoints / "step-000003/optimizer.safetensors").unlink()
     shutil.rmtree(next(checkpoints.glob("trough-000002*")))
+    shutil.rmtree(lab.folder / "final")
     before = lab.keep("worst")
-    lab.reset(before)
-    ops = lab.train(*KEEP_MORE, resume=True, disk=Disk(lab.runs)).ops
-    tally = Tally("kills: every file operation of a resume", share)
-    tally.add("undisturbed", f"{differences(lab.print_of(), reference) or ''}".strip("[]"))
-    for number, half in every_fault(ops, share, first=share // 3):
-        lab.reset(before)
-        killed = lab.train(*KEEP_MORE, resume=True, disk=Disk(lab.runs, number, half=half))
-        name, path = ops[number - 1]
-        alive = "" if killed.kind == "killed" else f"was not killed but {killed.kind} {killed.text}"
-        tally.add(
-            f"{number}{' half' if half else ''} {name} {path}", alive, *recovered(lab, reference, *KEEP_MORE), kind=name
-        )
-    tally.report()
+
+    def go_on(state: Path | None) -> tuple[str, ...]:
+        lab.reset(state)
+        return recovered(lab, reference, *KEEP_MORE)
+
+    resume = functools.partial(lab.train, *KEEP_MORE, resume=True)
+    tell(Tally("kills: every file operation of a resume", share), lab.deaths(before, resume), share, go_on)
 
 
-@functools.cache
-def _operations(lab: Lab) -> list[tuple[str, str]]:
-    lab.reset()
-    return lab.train(*KEEP_MORE, disk=Disk(lab.runs)).ops
-
-
-def _operation(lab: Lab, name: str, path: str) -> int:
-    """The number of the first operation of that name on such a path."""
-    ops = list(_operations(lab))
-    lab.reset()
-    return next(number for number, (n, p) in enumerate(ops, 1) if n == name and path in p)
-
-
-@thinned(20)
+@thinned(40)
 def test_a_kill_at_any_moment_of_training(lab: Lab, reference, share: int) -> None:
     """At calls of Python functions drawn from a seed: between any two lines of the loop, the losses, the saves."""
     from sdclr.commands.train import train
 
+    def go_on(state: Path | None) -> tuple[str, ...]:
+        lab.reset(state)
+        return recovered(lab, reference)
+
+    def counted() -> int:
+        stop = count_calls()
+        train(lab.config)
+        return stop()
+
     lab.reset()
-    calls = in_child(lambda: count_calls(lambda: train(lab.config))).value
-    tally = Tally("kills: any moment of training", share)
-    for moment in picks(1, 160, calls)[::share]:
-        lab.reset()
-        killed = lab.train(before=lambda: kill_after_calls(moment))  # noqa: B023 (called before the next turn)
-        tally.add(
-            f"call {moment} of {calls}",
-            killed.text if killed.kind == "traceback" else "",
-            *recovered(lab, reference),
-            kind=killed.kind,
-        )
-    tally.report()
+    calls = in_child(counted).value
+    deaths = lab.deaths(None, lab.train, picks(1, 400, calls))
+    tell(Tally("kills: any moment of training", share), deaths, share, go_on)
 
 
-@thinned(20)
+@thinned(60)
 def test_a_kill_at_any_moment_of_a_range_test(lab: Lab, share: int) -> None:
     """Run again, it goes on from its finished arms and comes to the same result."""
     from sdclr.commands.range_test import range_test
     from sdclr.errors import Inconclusive
 
-    def undisturbed() -> int:
-        def work() -> None:
-            try:
-                range_test(lab.config)
-            except Inconclusive:
-                pass
-
-        return count_calls(work)
+    def counted() -> int:
+        stop = count_calls()
+        with contextlib.suppress(Inconclusive):
+            range_test(lab.config)
+        return stop()
 
     lab.reset()
-    counted = in_child(undisturbed)
-    assert counted.kind == "done", counted.text
+    calls = in_child(counted)
+    assert calls.kind == "done", calls.text
     reference = _measured(lab.folder)
-    tally = Tally("kills: any moment of a range test", share)
-    for moment in picks(2, 60, counted.value)[::share]:
-        lab.reset()
-        killed = lab.range_test(before=lambda: kill_after_calls(moment))  # noqa: B023
+
+    def go_on(state: Path | None) -> tuple[str, ...]:
+        lab.reset(state)
         again = lab.range_test()
-        ended = "" if again.code in (0, 3) else f"{again.kind}: {again.text}"
         other = differences(_measured(lab.folder), reference)
-        tally.add(f"call {moment} of {counted.value}", ended, f"differs: {other}" if other else "", kind=killed.kind)
-    tally.report()
+        return ("" if again.code in (0, 3) else f"{again.kind}: {again.text}"), f"differs: {other}" if other else ""
+
+    deaths = lab.deaths(None, lab.range_test, picks(2, 200, calls.value))
+    tell(Tally("kills: any moment of a range test", share), deaths, share, go_on)
 
 
 def _measured(folder: Path) -> dict[str, str]:
@@ -152,7 +137,7 @@ def _measured(folder: Path) -> dict[str, str]:
     return found
 
 
-@thinned(6)
+@thinned(12)
 def test_a_signal_stops_after_a_step_that_is_saved(lab: Lab, reference, share: int) -> None:
     """SIGINT and SIGTERM at any operation of training: the step is finished and saved, 130 or 143, and resuming ends the same."""
     lab.reset()
@@ -178,7 +163,7 @@ def test_a_signal_stops_after_a_step_that_is_saved(lab: Lab, reference, share: i
     tally.report()
 
 
-@thinned(8)
+@thinned(14, 2)
 def test_a_second_signal_within_the_save_leaves_the_checkpoint_before(lab: Lab, reference, share: int) -> None:
     lab.reset()
     ops = lab.train(disk=Disk(lab.runs)).ops
@@ -208,7 +193,7 @@ class _Signals(Disk):
         super().__init__(root)
         self.signals = at
 
-    def touch(self, name, path, write_half=None) -> None:
+    def touch(self, name, path, write_half=None, handle=None) -> None:
         before = len(self.log)
         super().touch(name, path)
         if len(self.log) > before and len(self.log) in self.signals:
