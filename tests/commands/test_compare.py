@@ -79,7 +79,8 @@ def test_the_numbers_of_real_runs_are_those_of_their_metrics(trained, capsys, tm
     lowest = min(checks, key=lambda r: r["loss"])
     assert row == {
         "run": "tiny", "steps": 8, "exposure": pytest.approx(4e-3), "lowest_loss": lowest["loss"], "at_step": lowest["step"],
-        "at_exposure": lowest["exposure"], "last_loss": checks[-1]["loss"],
+        "at_exposure": lowest["exposure"], "at_kappa": None, "train_loss_there": lowest["train_loss"],
+        "last_loss": checks[-1]["loss"], "last_gap": checks[-1]["gap"],
     }  # fmt: skip
 
 
