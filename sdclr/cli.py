@@ -73,8 +73,18 @@ def _main(
 
 @app.command("range-test")
 def range_test(
-    config: Config,
+    config: Annotated[
+        Optional[Path], typer.Argument(help="the run's YAML file; optional with --from", show_default=False)
+    ] = None,
     set_: Sets = [],  # noqa: B006 (typer reads it)
+    from_: Annotated[
+        Optional[Path],
+        typer.Option(
+            "--from",
+            metavar="CURVES.CSV",
+            help="judge curves another program logged (columns lr, step, val_loss[, image]; step 0 is the untouched model); trains nothing",
+        ),
+    ] = None,
     legacy: Annotated[
         Optional[str],
         typer.Option(
@@ -88,7 +98,20 @@ def range_test(
     quiet: Quiet = False,
 ) -> None:
     """Measure how high the learning rate may go, and how much training these images can take."""
+    if config is None and from_ is None:
+        raise typer.BadParameter("name the run's YAML file, or curves with --from", param_hint="CONFIG")
+    if config is None and set_:
+        raise typer.BadParameter("overrides a config, and none is named", param_hint="--set")
+    if from_ and (legacy or max_minutes):
+        raise typer.BadParameter(
+            "trains nothing, so it goes with neither --legacy nor --max-minutes", param_hint="--from"
+        )
     _begin(config, set_, quiet)
+    if from_:
+        from sdclr.commands.range_test_from import range_test_from
+
+        return range_test_from(from_, config, set_, as_json=json_)
+    assert config is not None
     from sdclr.commands.range_test import range_test as command
 
     command(config, set_, legacy=legacy, max_minutes=max_minutes, as_json=json_)
@@ -174,7 +197,7 @@ def compare(
     command(runs, output, json_)
 
 
-def _begin(config: Path, overrides: list[str], quiet: bool) -> None:
+def _begin(config: Path | None, overrides: list[str], quiet: bool) -> None:
     """What commands on a config share: quiet or not, and a bad config refused before anything heavy is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn of torchvision, which nothing here needs
@@ -182,7 +205,8 @@ def _begin(config: Path, overrides: list[str], quiet: bool) -> None:
     from sdclr.report import console
 
     console.quiet = quiet
-    source.load(config, overrides)
+    if config is not None:
+        source.load(config, overrides)
 
 
 def main() -> None:

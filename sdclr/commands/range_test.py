@@ -107,7 +107,7 @@ def measure(bench: Bench, settings: RangeTestSection) -> Findings:
         found.base = bench.base()
         top, scale = screen(bench, found.base, settings)
         lowest = settings.lr[0] if settings.lr else 0.0
-        found.reference = reference(bench, max(min(top / 10, scale / 30), lowest))
+        found.reference = reference(bench, max(min(top / 10, scale / 10), lowest))
         base = found.base.mean(axis=1)
         target = best_exposure(base, found.reference.arm()).value * settings.test_exposure
         _anchor(bench, found, target, settings)
@@ -146,7 +146,7 @@ def reference(bench: Bench, lr: float) -> Measured:
     def past_minimum(arm: Measured) -> bool:
         lowest = int(np.argmin(arm.means))
         return len(arm.means) >= 6 and bool(
-            arm.exposure[-1] >= 2.2 * arm.exposure[lowest] and arm.means[-1] > arm.means[lowest]
+            arm.exposure[-1] >= 1.6 * arm.exposure[lowest] and arm.means[-1] > arm.means[lowest]
         )
 
     return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, 1.3))

@@ -284,5 +284,5 @@ def _readable(path: Path) -> bool:
         with Image.open(path) as image:
             image.load()
         return True
-    except Exception:  # Pillow's decoders raise many kinds: each means that the cell must be drawn again
+    except Exception:  # Pillow's decoders raise many kinds; each means that the cell must be drawn again
         return False

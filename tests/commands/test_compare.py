@@ -14,8 +14,15 @@ from scipy.stats import t as student
 from sdclr.commands.compare import compare
 from sdclr.commands.train import train
 from sdclr.errors import InputError
-from sdclr.report import metrics
+from sdclr.report import figures, metrics
 from sdclr.report.metrics import MetricsLog
+
+
+@pytest.fixture(autouse=True)
+def no_figure(request, monkeypatch):
+    """The figure takes most of a comparison's time and has tests of its own."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr(figures, "comparison", lambda runs: b"a figure")
 
 
 def run(folder: Path, lr: float, losses: list[list[float]], steps_a_look: int = 2) -> Path:
@@ -72,7 +79,8 @@ def test_the_numbers_of_real_runs_are_those_of_their_metrics(trained, capsys, tm
     lowest = min(checks, key=lambda r: r["loss"])
     assert row == {
         "run": "tiny", "steps": 8, "exposure": pytest.approx(4e-3), "lowest_loss": lowest["loss"], "at_step": lowest["step"],
-        "at_exposure": lowest["exposure"], "last_loss": checks[-1]["loss"],
+        "at_exposure": lowest["exposure"], "at_kappa": None, "train_loss_there": lowest["train_loss"],
+        "last_loss": checks[-1]["loss"], "last_gap": checks[-1]["gap"],
     }  # fmt: skip
 
 

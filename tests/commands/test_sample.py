@@ -129,11 +129,25 @@ def test_a_second_call_draws_nothing_and_only_missing_cells_are_drawn_again(path
     assert (samples(path) / "grid.png").read_bytes() == before
     cells = sorted((samples(path) / "cells").glob("*.png"))
     cells[0].unlink()
-    cells[1].write_bytes(cells[1].read_bytes()[:-20])
+    cells[1].write_bytes(cells[1].read_bytes()[:200])
     cells[2].write_bytes(b"")
     sample(path)
     assert len(calls) == 3
     assert (samples(path) / "grid.png").read_bytes() == before
+
+
+def test_a_damaged_cell_is_told_from_a_whole_one_wherever_the_damage_is(tmp_path):
+    file = tmp_path / "cell.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
+    data = file.read_bytes()
+    assert command._readable(file)
+    start = data.index(b"IDAT") + 4
+    for place in range(start, len(data) - 16, 7):
+        file.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
+        assert not command._readable(file)
+    for length in (0, 7, 30, start, len(data) // 2):
+        file.write_bytes(data[:length])
+        assert not command._readable(file)
 
 
 def test_a_new_seed_draws_its_own_cells_alone_and_another_guidance_all(path, calls):

@@ -19,13 +19,19 @@ from safetensors.torch import load_file
 from sdclr.commands.train import train
 from sdclr.engine.checkpoint import available, verify
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
-from sdclr.report import metrics
+from sdclr.report import figures, metrics
 
 SEVEN = """validation: {fraction: 0.3, every: 2, timesteps_per_image: 2}
 schedule: {policy: triangular, max_lr: 1e-3, cycles: 1}
 train: {steps: 7}
 checkpoint: {every: 5}"""
 """Seven training images in batches of two: steps 4 and 8 straddle two epochs."""
+
+
+@pytest.fixture(autouse=True)
+def no_figure(monkeypatch):
+    """The figure takes a good part of a tiny run's time and has tests of its own."""
+    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
 
 
 def runs(path: Path, name: str = "tiny") -> Path:

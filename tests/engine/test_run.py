@@ -228,6 +228,7 @@ def first_layer(text_encoder: torch.nn.Module) -> torch.nn.Module:
 
 
 def test_bf16_on_the_cpu_trains_a_step_on_fp32_weights(config):
+    from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
     from sdclr.engine.loop import optimizer_steps
@@ -242,6 +243,7 @@ def test_bf16_on_the_cpu_trains_a_step_on_fp32_weights(config):
         (result,) = optimizer_steps(state, lambda s: [SAMPLES], run.loss, lambda s: 1e-3, 1, run.accelerator, 1.0)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        Accelerator(mixed_precision="no")  # the state that the other tests' accelerators share
     assert seen == [torch.bfloat16]
     assert result.loss > 0
     after = run.modules["unet"].state_dict()

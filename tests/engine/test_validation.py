@@ -89,6 +89,7 @@ def test_measuring_leaves_every_random_state_as_it_was(run):
 def test_measuring_changes_neither_weights_nor_gradients(run):
     run.fresh_state()
     unet = run.modules["unet"]
+    unet.zero_grad(set_to_none=True)
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     run.losses(run.held_out, run.draws(run.held_out))
     assert all(torch.equal(tensor, before[name]) for name, tensor in unet.state_dict().items())

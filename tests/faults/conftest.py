@@ -35,10 +35,3 @@ range_test: {max_steps: 40, arms_per_decade: 2}
     shutil.rmtree(root, ignore_errors=True)
     components.load, figures.training, figures.range_test = before[:3]
     torch.set_num_threads(before[3])
-
-
-def thinned(thin: int, full: int = 1):
-    """A test's `share`: one in `thin` of its trials in `make test`, one in `full` (all of them) in `make test-faults`."""
-    return pytest.mark.parametrize(
-        "share", [pytest.param(thin, id="sample"), pytest.param(full, id="all", marks=pytest.mark.faults)]
-    )

@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 RESULTS = Path(__file__).with_name("results.json")
 TIMEOUT = 120
 """Seconds after which a child counts as hung."""
@@ -527,3 +529,10 @@ def picks(seed: int, count: int, limit: int) -> list[int]:
 
 
 NO_SPACE, READ_ONLY, BROKEN, GONE, QUOTA = errno.ENOSPC, errno.EROFS, errno.EIO, errno.ENOENT, errno.EDQUOT
+
+
+def thinned(thin: int, full: int = 1):
+    """A test's `share`: one in `thin` of its trials in `make test`, one in `full` (all of them) in `make test-faults`."""
+    return pytest.mark.parametrize(
+        "share", [pytest.param(thin, id="sample"), pytest.param(full, id="all", marks=pytest.mark.faults)]
+    )

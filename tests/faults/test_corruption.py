@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import Lab, Tally, differences
+from inject import Lab, Tally, differences, thinned
 
 KEEP_MORE = ("checkpoint.keep_last=4",)
 Damage = tuple[str, Callable[[Path], None]]

@@ -9,8 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import BROKEN, NO_SPACE, QUOTA, READ_ONLY, Disk, Lab, Outcome, Tally, differences, every_fault
+from inject import BROKEN, NO_SPACE, QUOTA, READ_ONLY, Disk, Lab, Outcome, Tally, differences, every_fault, thinned
 
 
 @pytest.fixture(scope="module")

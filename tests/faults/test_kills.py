@@ -13,8 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import Disk, Lab, Tally, count_calls, differences, in_child, picks
+from inject import Disk, Lab, Tally, count_calls, differences, in_child, picks, thinned
 
 KEEP_MORE = ("checkpoint.keep_last=3",)
 

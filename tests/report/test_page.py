@@ -40,7 +40,7 @@ class Tags(HTMLParser):
 RESULT: dict[str, Any] = {
     "verdict": "conclusive", "reasons": [],
     "ceiling": {"lr": 2.3e-4, "bracket": [1e-4, 3.2e-4]}, "best_exposure": {"value": 0.0123, "interval": [0.0101, 0.0156]},
-    "recommended": {"base_lr": 0.0, "max_lr": 1.15e-4, "steps": 214, "cycles": 4},
+    "recommended": {"policy": "triangular", "base_lr": 0.0, "max_lr": 1.15e-4, "steps": 214, "cycles": 4},
     "arms": [{"lr": 1e-4, "steps": 60, "excess": 0.021, "low": -0.01, "high": 0.052, "ragged": 0.03, "verdict": "admissible"},
              {"lr": 1e-2, "steps": 3, "excess": None, "low": None, "high": None, "ragged": None, "verdict": "inadmissible"}],
     "cost": {"train_steps": 1234, "validation_forwards": 5678, "seconds": 90.4},
@@ -104,7 +104,7 @@ def test_the_range_tests_page_says_the_answer_each_arm_and_the_cost():
     text = Tags(page.range_test("mochi", RESULT, b"png")).text
     for words in (
         "Range test of mochi", "about 0.00023 (between 0.0001 and 0.00032)", "an exposure of 0.012 (0.01 to 0.016)",
-        "max_lr: 0.000115", "steps: 214", "1.00e-04", "+2.1%", "-1.0% … +5.2%", "inadmissible", "1234 train steps",
+        "policy: triangular", "max_lr: 0.000115", "cycles: 4", "steps: 214", "1.00e-04", "+2.1%", "-1.0% … +5.2%", "inadmissible", "1234 train steps",
         "5678 validation forwards", "90 seconds",
     ):  # fmt: skip
         assert words in text

@@ -1,0 +1,144 @@
+"""How good is the range test? Measured against brute force, on cases whose held-out pictures can be drawn without end.
+
+    python tests/benchmarks/range_test_accuracy.py --quick              # one case, two tests: minutes on one core
+    python tests/benchmarks/range_test_accuracy.py --cases mochi,style --tests 10
+    make bench-range-test                                               # every case: hours; goes on where it was stopped
+
+Finished pieces lie in the work folder; the results, as JSON, in tests/benchmarks/results/; the tables, as Markdown, on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import nulls
+import rivals
+import tables
+import trials
+import truth as truth_
+from cases import CASES, Case, prepare
+from stage import Place
+
+from sdclr.engine.folder import write_json
+from sdclr.engine.plan import model_fingerprint
+from sdclr.report import console
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclasses.dataclass(frozen=True)
+class Depth:
+    """How much of everything is run."""
+
+    tests: int
+    effort: truth_.Effort
+    ramps: tuple[int, ...]
+    sweeps: tuple[int, ...]
+    rival_seeds: int
+    rival_runs: bool
+    null_tests: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", help=f"some of: {','.join(case.name for case in CASES)} [all; with --quick: mochi]")
+    parser.add_argument(
+        "--tests", type=int, help="range tests a case, each with its own seed and split [10; --quick: 2]"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few rates, one training seed, no sweep, no rivals' runs, no nulls: minutes",
+    )
+    parser.add_argument(
+        "--only",
+        help="some of: tests,rivals,nulls (truth is always needed) [all, with --quick tests,rivals; nulls are of mochi alone]",
+    )
+    parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "sdclr-bench", help="finished pieces"
+    )
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    chosen = _chosen(args.cases or ("mochi" if args.quick else None), parser)
+    if args.quick:
+        depth = Depth(args.tests or 2, truth_.QUICK, (100,), (), 1, False, 1)
+    else:
+        tests = args.tests or 10
+        depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), True, tests)
+    parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls"])]
+    found = []
+    for case in chosen:
+        if args.base:
+            case = dataclasses.replace(case, base=args.base.resolve())
+        path = args.results / f"{case.name}{'-quick' if args.quick else ''}.json"
+        work = args.work.resolve() / f"{case.name}-{model_fingerprint(str(case.base))[:8]}"
+        found.append(run_case(case, work, depth, parts, path))
+    print(tables.everything(found))
+
+
+def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: Path) -> dict[str, Any]:
+    """Truth, tests, rivals, nulls; what is known is written after every step, so a run cut short leaves its results."""
+    prepare(case, work)
+    place = Place(case, work)
+    found = _known(path)
+    found |= {"case": case.name, "overrides": list(case.overrides), "subject": case.subject, "pictures": case.pictures}
+    found |= {"base": model_fingerprint(str(case.base)), "method": trials.method(), "tests": []}
+
+    def note(key: str, value: Any) -> None:
+        found[key] = value
+        write_json(path, found)
+
+    note("truth", truth_.find(place, depth.effort))
+    truth = found["truth"]
+    console.say(tables.truth([found]))
+    if "tests" in parts:
+        records: list[dict[str, Any]] = []
+        for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.tests):
+            records.append(trials.trial(place, seed, truth))
+            note("tests", records)
+            note("summary", trials.summary(records))
+        console.say(tables.tests([found]))
+    if "rivals" in parts:
+        records = []
+        for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.rival_seeds):
+            rates = rivals.rates(place, seed, truth, depth.ramps, depth.sweeps)
+            records += rivals.compare(place, seed, truth, rates, depth.effort.cap, depth.rival_runs)
+            note("rivals", records)
+    if "nulls" in parts and case.name == "mochi":
+        records = []
+        for null in nulls.NULLS:
+            for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.null_tests):
+                records.append(nulls.run(null, place, seed, truth))
+                note("nulls", records)
+    return found
+
+
+def _known(path: Path) -> dict[str, Any]:
+    """An earlier result's file, whose other parts stay."""
+    read: Callable[[str], dict[str, Any]] = json.loads
+    return read(path.read_text()) if path.exists() else {}
+
+
+def _chosen(names: str | None, parser: argparse.ArgumentParser) -> list[Case]:
+    if names is None:
+        return CASES
+    known = {case.name: case for case in CASES}
+    unknown = [name for name in names.split(",") if name not in known]
+    if unknown:
+        parser.error(f"no case {', '.join(unknown)}; there are {', '.join(known)}")
+    return [known[name] for name in names.split(",")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,154 @@
+"""Where the bench's runs are trained and judged, through the program's own engine; every finished piece is kept as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cases import Case
+
+from sdclr.config import source
+from sdclr.config.source import LoadedConfig
+from sdclr.data import pairs
+from sdclr.data.pairs import Split
+from sdclr.engine.folder import read_json, write_json
+from sdclr.engine.loop import optimizer_steps
+from sdclr.engine.plan import Inputs, model_fingerprint, read_inputs
+from sdclr.engine.run import Run
+from sdclr.engine.validation import fixed_draws
+from sdclr.errors import DivergenceError, InputError
+from sdclr.report import console
+
+VERSION = 1
+"""Raise it when the engine or the bench changes what a stored piece would hold."""
+JUDGE_SEED, JUDGE_DRAWS = 555, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A case, and the folder that its pictures and finished pieces are kept in."""
+
+    case: Case
+    folder: Path
+
+    def load(self, seed: int, extra: Iterable[str] = ()) -> tuple[LoadedConfig, Inputs]:
+        """The case's config with a seed (which also decides the split) and further overrides."""
+        loaded = source.load(self.folder / "run.yaml", [f"run.seed={seed}", *self.case.overrides, *extra])
+        return loaded, read_inputs(loaded)
+
+    def piece(self, name: str, make: Callable[[], dict[str, Any]], depends: Any = None) -> dict[str, Any]:
+        """What `make` returns, from disk when it was made before from the same things."""
+        path = self.folder / "pieces" / f"{name}.json"
+        key = json.loads(
+            json.dumps([VERSION, list(self.case.overrides), model_fingerprint(str(self.case.base)), depends])
+        )
+        try:
+            stored = read_json(path)
+            if stored["key"] == key:
+                value: dict[str, Any] = stored["value"]
+                return value
+        except InputError:
+            pass
+        started = time.monotonic()
+        value = make()
+        write_json(path, {"key": key, "seconds": round(time.monotonic() - started, 1), "value": value})
+        console.say(f"{self.case.name}: {name} took {time.monotonic() - started:.0f} s")
+        stored_value: dict[str, Any] = read_json(path)["value"]
+        return stored_value
+
+
+class Judge:
+    """Trains on a user's training split, and measures on the held-out pictures of the subject, with draws that no seed changes."""
+
+    def __init__(self, place: Place, seed: int, extra: Iterable[str] = ()):
+        self.loaded, self.inputs = place.load(seed, extra)
+        self.config = self.loaded.config
+        held = tuple(pairs.find(place.folder / "held-out"))
+        self.run = Run(self.config, dataclasses.replace(self.inputs, split=Split(self.inputs.split.train, held)))
+        assert self.run.held_out is not None
+        self.held_out = self.run.held_out
+        keys = [f"held-out/{pair.key}" for pair in held]
+        total = self.run.parts.noise_scheduler.config.num_train_timesteps
+        self.draws = fixed_draws(keys, JUDGE_DRAWS, self.held_out.mean.shape[2:], total, JUDGE_SEED)
+
+    def loss(self) -> float:
+        """Mean loss of the current weights over the held-out pictures."""
+        return float(self.run.losses(self.held_out, self.draws).mean())
+
+    def base(self) -> float:
+        """The untouched model's."""
+        self.run.fresh_state()
+        return self.loss()
+
+    def curve(
+        self,
+        name: str,
+        lr_at: Callable[[int], float],
+        last: int,
+        points: Iterable[int],
+        enough: Callable[[list[float], list[float]], bool] = lambda exposure, losses: False,
+        measure: Callable[[], float] | None = None,
+    ) -> dict[str, Any]:
+        """Train from the untouched weights to step `last`, measuring after the steps in `points` and at the end.
+
+        `enough(exposures, losses)` so far may end it sooner. Losses are the held-out ones unless `measure` says otherwise;
+        `train_losses` and `rates` are of every step.
+        """
+        return curve(
+            self.run, self.config.optimizer.max_grad_norm, name, lr_at, last, points, enough, measure or self.loss
+        )
+
+
+def curve(
+    run: Run,
+    max_grad_norm: float | None,
+    name: str,
+    lr_at: Callable[[int], float],
+    last: int,
+    points: Iterable[int],
+    enough: Callable[[list[float], list[float]], bool],
+    measure: Callable[[], float],
+) -> dict[str, Any]:
+    """See Judge.curve."""
+    due = {*points, last}
+    steps: list[int] = []
+    exposure: list[float] = []
+    losses: list[float] = []
+    train_losses: list[float] = []
+    rates: list[float] = []
+    diverged = False
+    with console.progress(name, total=last) as bar:
+        try:
+            for done in optimizer_steps(
+                run.fresh_state(), run.inputs.batches, run.loss, lr_at, last, run.accelerator, max_grad_norm
+            ):
+                train_losses.append(done.loss)
+                rates.append(done.lr)
+                bar.advance(f"lr {done.lr:.2g}")
+                if done.step not in due:
+                    continue
+                loss = measure()
+                if not np.isfinite(loss):
+                    diverged = True
+                    break
+                steps.append(done.step)
+                exposure.append(done.exposure)
+                losses.append(loss)
+                if enough(exposure, losses):
+                    break
+        except DivergenceError:
+            diverged = True
+    return {
+        "steps": steps, "exposure": exposure, "losses": losses, "train_losses": train_losses, "rates": rates, "diverged": diverged,
+    }  # fmt: skip
+
+
+def log_points(last: int, first: int = 1, factor: float = 1.3) -> list[int]:
+    """Steps from `first` to `last`, each about `factor` times the one before."""
+    count = max(2, round(np.log(max(last, 2) / first) / np.log(factor)) + 1)
+    return sorted({max(1, round(step)) for step in np.geomspace(first, last, count)})

@@ -1,0 +1,249 @@
+"""`sdclr range-test` from outside: what it writes, what it leaves alone, and that it says when it cannot tell."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from sdclr.commands.range_test import range_test
+from sdclr.commands.train import train
+from sdclr.config import source
+from sdclr.engine.plan import fingerprint, read_inputs
+from sdclr.errors import ConfigError, Inconclusive, InputError
+
+SHORT = "range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}\nvalidation: {fraction: 0.3, timesteps_per_image: 2}"
+"""So few steps that the loss is still falling at their end: always inconclusive."""
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+def run(path: Path, *overrides: str, **options: Any) -> Inconclusive:
+    with pytest.raises(Inconclusive) as problem:
+        range_test(path, overrides, **options)
+    return problem.value
+
+
+def result_of(path: Path, name: str = "tiny") -> dict[str, Any]:
+    return json.loads((path.parent / "runs" / name / "range-test" / "result.json").read_text())
+
+
+def without_time(result: dict[str, Any]) -> dict[str, Any]:
+    return result | {"cost": {key: value for key, value in result["cost"].items() if key != "seconds"}}
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory, model, pictures) -> Path:
+    """The config of a finished range test, and beside it what the model's folder was before."""
+    from tiny import write_config
+
+    folder = tmp_path_factory.mktemp("tested")
+    path = write_config(folder / "run.yaml", model, pictures, folder / "runs", SHORT)
+    (folder / "before.json").write_text(json.dumps(files(model)))
+    run(path)
+    return path
+
+
+@dataclasses.dataclass
+class Again:
+    """The same range test in another folder, first stopped before it began."""
+
+    path: Path
+    stopped: Inconclusive
+    stopped_result: dict[str, Any]
+    trained: int
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory, model, pictures) -> Again:
+    from tiny import write_config
+
+    folder = tmp_path_factory.mktemp("again")
+    path = write_config(folder / "run.yaml", model, pictures, folder / "runs", SHORT)
+    with pytest.MonkeyPatch.context() as patch:
+        seen = counted(patch)
+        stopped = run(path, max_minutes=1e-9)
+        result = result_of(path)
+        run(path)
+    return Again(path, stopped, result, len(seen))
+
+
+@pytest.fixture
+def copied(tested, config) -> Path:
+    """A config of one's own with a copy of that range test."""
+    path = config(SHORT)
+    shutil.copytree(tested.parent / "runs", path.parent / "runs")
+    return path
+
+
+@pytest.fixture
+def losses(monkeypatch) -> list[int]:
+    return counted(monkeypatch)
+
+
+def counted(patch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each micro-batch that is trained on from now on."""
+    from sdclr.engine.run import Run
+
+    seen: list[int] = []
+    original = Run.loss
+
+    def loss(self, samples):
+        seen.append(len(samples))
+        return original(self, samples)
+
+    patch.setattr(Run, "loss", loss)
+    return seen
+
+
+def test_the_result_has_every_documented_field(tested):
+    result = result_of(tested)
+    assert result["schema"] == 1
+    assert result.keys() >= {
+        "verdict", "reasons", "ceiling", "best_exposure", "recommended", "arms", "cost", "fingerprint",
+    }  # fmt: skip
+    assert result["verdict"] == "inconclusive"
+    assert result["reasons"]
+    for reason in result["reasons"]:
+        assert reason["text"]
+        assert reason["remedy"]
+    for key, fields in (("ceiling", {"lr", "bracket"}), ("best_exposure", {"value", "interval"}),
+                        ("recommended", {"base_lr", "max_lr", "steps", "cycles"})):  # fmt: skip
+        assert result[key] is None or result[key].keys() >= fields
+    for arm in result["arms"]:
+        assert arm.keys() >= {"lr", "steps", "ragged", "verdict", "per_image"}
+        assert arm["verdict"] in ("admissible", "inadmissible", "undetermined")
+        assert len(arm["per_image"]) in (0, 3)
+    assert result["cost"].keys() == {"train_steps", "validation_forwards", "seconds"}
+
+
+def test_the_result_carries_the_fingerprint_that_a_later_run_of_this_config_looks_for(tested):
+    loaded = source.load(tested)
+    assert result_of(tested)["fingerprint"] == json.loads(json.dumps(fingerprint(loaded.config, read_inputs(loaded))))
+
+
+def test_two_runs_are_equal(tested, again):
+    assert without_time(result_of(again.path)) == without_time(result_of(tested))
+
+
+def test_the_cost_counts_every_train_step(again):
+    cost = result_of(again.path)["cost"]
+    assert cost["train_steps"] == again.trained
+    assert cost["validation_forwards"] > 0
+
+
+def test_stopped_by_time_it_says_so_and_that_it_can_go_on(again):
+    assert again.stopped.exit_code == 3
+    assert "stopped" in again.stopped.message
+    assert again.stopped_result["reasons"][0]["code"] == "stopped"
+    assert again.stopped_result["verdict"] == "inconclusive"
+    assert "run it again" in str(again.stopped.hint)
+
+
+def test_the_folder_holds_result_report_and_figure_and_nothing_else_is_written(tested):
+    folder = tested.parent / "runs" / "tiny"
+    assert {p.name for p in folder.iterdir()} == {"range-test", ".lock"}
+    assert {"result.json", "report.html", "range_test.png"} <= {p.name for p in (folder / "range-test").iterdir()}
+    with Image.open(folder / "range-test" / "range_test.png") as image:
+        assert image.width == 1364
+    page = (folder / "range-test" / "report.html").read_text()
+    assert all(reason["remedy"] in page.replace("&#39;", "'") for reason in result_of(tested)["reasons"])
+
+
+def test_inconclusive_exits_with_3_and_gives_the_reason_and_its_remedy(copied):
+    problem = run(copied)
+    assert problem.exit_code == 3
+    reason = result_of(copied)["reasons"][0]
+    assert reason["text"] in problem.message
+    assert problem.hint == reason["remedy"]
+
+
+def test_finished_arms_are_not_run_twice_and_the_result_stays_the_same(copied, losses):
+    before = result_of(copied)
+    run(copied)
+    assert losses == []
+    assert without_time(result_of(copied)) == without_time(before)
+
+
+def test_an_arm_that_was_lost_is_run_again_alone_to_the_same_result(copied, losses):
+    before = result_of(copied)
+    arms = copied.parent / "runs" / "tiny" / "range-test" / "arms"
+    lost = max(arms.glob("arm-*.json"))
+    steps = len(json.loads(lost.read_text())["rates"])
+    lost.write_text("damaged")
+    run(copied)
+    assert len(losses) == steps
+    assert without_time(result_of(copied)) == without_time(before)
+
+
+def test_json_on_stdout_is_strict_and_is_the_result(copied, capsys):
+    run(copied, as_json=True)
+    out = capsys.readouterr().out
+    printed = json.loads(out, parse_constant=pytest.fail)
+    assert printed == result_of(copied)
+
+
+def test_the_base_models_files_are_untouched(tested, model):
+    assert files(model) == json.loads((tested.parent / "before.json").read_text())
+
+
+def test_a_later_train_in_the_same_folder_gives_the_weights_it_would_have_given_without_the_test(
+    tested, config, trained
+):
+    path = config()
+    shutil.copytree(tested.parent / "runs", path.parent / "runs")
+    train(path)
+    ours, theirs = files(path.parent / "runs" / "tiny"), files(trained)
+    for name in ("final/unet/diffusion_pytorch_model.safetensors", "metrics.jsonl"):
+        assert ours[name] == theirs[name]
+    assert "range-test/result.json" in ours
+
+
+def test_an_inconclusive_result_does_not_serve_auto(copied):
+    with pytest.raises(InputError, match="inconclusive") as problem:
+        train(copied, ["schedule.max_lr=auto"])
+    assert "set schedule.max_lr" in str(problem.value.hint)
+
+
+@pytest.mark.parametrize("kind", ["linear", "exponential"])
+def test_a_legacy_ramp_prints_the_exposure_that_its_minimum_stands_for(config, capsys, kind):
+    path = config(SHORT.replace("max_steps: 40", "max_steps: 200") + "\nbatch: {size: 1}")
+    range_test(path, legacy=kind)
+    out = capsys.readouterr().out
+    found = re.search(r"ramp to (\S+) in (\d+) steps: lowest held-out loss at lr (\S+), step (\d+)", out)
+    assert found is not None
+    top, steps, lr, step = float(found[1]), int(found[2]), float(found[3]), int(found[4])
+    if kind == "linear":
+        rates = [top * i / (steps - 1) for i in range(step)]
+    else:
+        rates = [top / 1000 * 1000 ** (i / (steps - 1)) for i in range(step)]
+    assert lr == pytest.approx(rates[-1], rel=0.01)
+    (implied,) = re.findall(r"^implied_best_exposure: (\S+)$", out, re.MULTILINE)
+    assert float(implied) == pytest.approx(sum(rates), rel=0.02 + 1 / step)
+    assert math.isfinite(float(implied))
+    assert "no bound" in out
+    assert not (path.parent / "runs" / "tiny" / "range-test" / "result.json").exists()
+
+
+def test_an_unknown_legacy_ramp_is_an_input_error(config):
+    with pytest.raises(InputError, match="linear or exponential; got 'quadratic'"):
+        range_test(config(), legacy="quadratic")
+
+
+def test_without_held_out_images_it_is_refused_at_the_configs_line(config):
+    with pytest.raises(ConfigError, match=r"run\.yaml:\d+:\d+: validation\.fraction is 0"):
+        range_test(config("validation: {fraction: 0}"))
