@@ -19,8 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import thinned
-from inject import Lab, Tally, in_child
+from inject import Lab, Tally, in_child, thinned
 from PIL import Image
 
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import thinned
-from inject import Lab, Outcome, Tally, in_child
+from inject import Lab, Outcome, Tally, in_child, thinned
 
 
 class Evil:
