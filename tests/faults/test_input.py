@@ -121,6 +121,8 @@ def mutated(draw: random.Random, names: list[str]) -> tuple[bytes, list[str]]:
 
 def _another_value(draw: random.Random, text: str) -> str:
     parts = text.split(": ")
+    if len(parts) == 1:
+        return text + draw.choice(VALUES)
     at = draw.randrange(1, len(parts))
     for end in (",", "}", "\n"):
         if end in parts[at]:
@@ -312,7 +314,7 @@ def _shapes() -> Iterator[tuple[str, str, Make]]:
         frames[0].save(buffer, kind, save_all=True, append_images=frames[1:])
         yield f"an animated {kind}", REFUSED, a_file(f"a.{suffix}", buffer.getvalue())
     many = io.BytesIO()
-    frames = [Image.new("P", (16, 16), i % 2) for i in range(3000)]
+    frames = [Image.new("RGB", (16, 16), (i % 256, i // 256, 0)) for i in range(3000)]
     frames[0].save(many, "GIF", save_all=True, append_images=frames[1:])
     yield "a GIF of thousands of frames", REFUSED, a_file("a.gif", many.getvalue())
     loop = (
@@ -386,7 +388,7 @@ def folders() -> Iterator[tuple[str, str, Make]]:
     )
     yield "half a download", REFUSED, a_file("h.png", good[: len(good) // 2])
     names = {
-        "a\nb": USED, "a\tb": USED, "a\x1b[31mb": USED, "é": USED, "e\u0301": USED, "日本": USED, "😀": USED, "a" * 240: USED, " ": USED, "-rf": USED, "$(id)": USED, "a'b\"c": USED,
+        "a\nb": USED, "a\tb": USED, "a\x1b[31mb": USED, "é": USED, "e\u0301": USED, "日本": USED, "😀": USED, "a" * 240: USED, " ": REFUSED, "-rf": USED, "$(id)": USED, "a'b\"c": USED,
         "..a": EITHER, "a.b.c": USED, "\u202eabc": USED, "%s%n": USED, "con": USED, "a\\b": USED, "[bold]x[/]": USED, "\udcff\udcfe": REFUSED,
     }  # fmt: skip
     for name, fate in names.items():
@@ -422,7 +424,7 @@ def _socket(folder: Path) -> None:
 def become_of(folder: Path) -> tuple[str, str]:
     """What the program makes of a folder, as far as the VAE: refused or used, and its words."""
     from sdclr.data.dataset import View, pixels
-    from sdclr.data.pairs import find
+    from sdclr.data.pairs import find, printable
     from sdclr.errors import DataError
 
     try:
@@ -433,7 +435,7 @@ def become_of(folder: Path) -> tuple[str, str]:
         try:
             array = pixels(pair, 64, View())
         except Exception as error:  # as the encoder does
-            return REFUSED, f"{pair.path}: cannot be decoded: {error}"
+            return REFUSED, f"{printable(pair.path)}: cannot be decoded: {error}"
         assert array.shape == (3, 64, 64) and np.isfinite(array).all() and abs(array).max() <= 1.0001, (
             "pixels that are none"
         )
@@ -484,6 +486,7 @@ def test_hostile_folders_through_the_program(lab: Lab, tmp_path: Path, share: in
         folder = tmp_path / "pictures"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(lab.pictures, folder)
+        _write(folder / "g.png", encoded("PNG"))
         make(folder)
         outcome = in_child(lambda: check(lab.config, [f"data.images={folder}"]), log=lab.root / "child.log")  # noqa: B023
         right = {REFUSED: (2,), USED: (0,), EITHER: (0, 2)}[fate]
