@@ -78,7 +78,7 @@ def test_a_cache_that_cannot_be_read_counts_as_missing(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_while_writing_is_a_storage_error_and_leaves_no_half_entry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(tensors: object, path: Path) -> None:
+    def full(tensors: object, path: Path, metadata: object = None) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
