@@ -186,7 +186,7 @@ def _same(text: Any, held: Any) -> bool:
     return False
 
 
-@thinned(12)
+@thinned(20)
 def test_mutated_configs(tmp_path: Path, share: int) -> None:
     from sdclr.config.source import load
     from sdclr.errors import ConfigError
@@ -214,6 +214,7 @@ def test_mutated_configs(tmp_path: Path, share: int) -> None:
     tally.report()
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     "data",
     [b"a: " * 300_000, b"[" * 900_000, b"- " * 400_000, b"'" + b"x " * 450_000, b"a" * 999_999, b"? " * 300_000, b"\t" * 900_000, b"{a: " * 200_000,
@@ -474,7 +475,7 @@ def test_hostile_pictures_and_folders(tmp_path: Path, share: int) -> None:
     tally.report()
 
 
-@thinned(10)
+@thinned(20)
 def test_hostile_folders_through_the_program(lab: Lab, tmp_path: Path, share: int) -> None:
     """A sample of them through the whole of `sdclr check`: exit code 2 with a message, or 0."""
     from sdclr.commands.check import check

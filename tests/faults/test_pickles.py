@@ -176,7 +176,7 @@ def commands(lab: Lab) -> dict[str, Callable[[], Outcome]]:
         "check": run(lambda: check.check(lab.config, base)),
         "resume": run(lambda: train.train(lab.config, base, resume=True)),
         "train": run(lambda: train.train(lab.config, (*base, "run.name=other"))),
-        "range-test": run(lambda: range_test.range_test(lab.config, (*base, "range_test.max_steps=8"))),
+        "range-test": run(lambda: range_test.range_test(lab.config, base)),
         "sample": run(lambda: sample.sample(lab.config, (*base, *free))),
         "compare": run(lambda: compare.compare([lab.folder], lab.root / "compared")),
         "init": run(lambda: init.init(lab.pictures, str(lab.model), lab.root / "written.yaml")),
