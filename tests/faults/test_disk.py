@@ -29,7 +29,7 @@ def operations(lab: Lab) -> list[tuple[str, str]]:
 def judged(lab: Lab, outcome: Outcome, reference: dict[str, str]) -> tuple[list[str], str]:
     """What is wrong with how a run met its fault: it must end with a word, be resumable, and come to the same end.
 
-    A step that was not kept while the run went on may miss its trough, when that was said.
+    A step that was not kept while the run went on may miss its trough, when that was said; a deletion that fails costs only space.
     """
     wrong = []
     if outcome.kind not in ("done", "error") or outcome.code not in (0, 1, 2):
@@ -42,9 +42,14 @@ def judged(lab: Lab, outcome: Outcome, reference: dict[str, str]) -> tuple[list[
     if outcome.kind != "done":
         wrong.append(f"not resumable: {outcome.kind} {outcome.text}")
     other = differences(lab.print_of(), reference)
-    missed = [name for name in other if name.startswith("checkpoints/trough-") and said]
-    if set(other) - set(missed):
-        wrong.append(f"differs: {sorted(set(other) - set(missed))}")
+    missed = {name for name in other if name.startswith("checkpoints/trough-") and said}
+    spare = {
+        name
+        for name in other
+        if name not in reference and ("/.step-" in name or "/.best-" in name or "/step-000003/" in name)
+    }
+    if set(other) - missed - spare:
+        wrong.append(f"differs: {sorted(set(other) - missed - spare)}")
     return wrong, kind
 
 
@@ -92,7 +97,7 @@ def test_a_read_only_disk_while_resuming(lab: Lab, reference, operations, share:
     tally.report()
 
 
-@thinned(400, 4)
+@thinned(400, 3)
 def test_a_folder_that_vanishes(lab: Lab, reference, operations, share: int) -> None:
     """The run's folder is deleted under the run; it is made again, or the run ends with a word and can be started again."""
 
@@ -182,6 +187,47 @@ def test_space_is_asked_for_before_writing(lab: Lab, reference) -> None:
     assert outcome.said.count("training goes on to the next save") == 3
     assert not [path for name, path in outcome.ops if ".partial/" in path]
     assert lab.recover().kind == "done"
+    assert not differences(lab.print_of(), reference)
+
+
+@pytest.mark.parametrize("message", ["No space left on device (os error 28)", "No such file or directory (os error 2)"])
+def test_a_tokenizer_that_cannot_be_written(lab: Lab, reference, message: str) -> None:
+    """tokenizers raises bare Exceptions; it writes last but one, so the export is cut short and made again by --resume."""
+
+    def refuse() -> None:
+        from transformers import CLIPTokenizer
+
+        def save(*arguments: object, **options: object) -> None:
+            raise Exception(message)
+
+        CLIPTokenizer._save_pretrained = save  # type: ignore[method-assign]
+
+    lab.reset()
+    outcome = lab.train(before=refuse)
+    assert outcome.kind == "error" and outcome.code == 1 and message in outcome.text, outcome
+    assert lab.recover().kind == "done"
+    assert not differences(lab.print_of(), reference)
+
+
+def test_an_export_that_lost_a_part_is_not_published(lab: Lab, reference) -> None:
+    """Its folder vanishes in the midst of it; the libraries make it again and write what is left."""
+
+    def vanish() -> None:
+        from transformers import CLIPTokenizer
+
+        real = CLIPTokenizer._save_pretrained
+
+        def save(self: object, directory: str, *arguments: object, **options: object) -> object:
+            shutil.rmtree(Path(directory).parent / "vae", ignore_errors=True)
+            return real(self, directory, *arguments, **options)
+
+        CLIPTokenizer._save_pretrained = save  # type: ignore[method-assign]
+
+    lab.reset()
+    outcome = lab.train(before=vanish)
+    if outcome.kind == "error":
+        assert outcome.code == 1 and "vae" in outcome.text and not (lab.folder / "final").exists()
+        assert lab.recover().kind == "done"
     assert not differences(lab.print_of(), reference)
 
 
