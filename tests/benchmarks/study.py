@@ -66,14 +66,14 @@ class Scale:
     """How much is run. `factors` are the tops of a plain triangle as multiples of the ceiling; constant runs at half of that."""
 
     seeds: tuple[int, ...] = (1, 2, 3)
-    folds: tuple[int, ...] = (0, 1, 2, 3)
+    folds: tuple[int, ...] = (0, 1, 2)
     factors: tuple[float, ...] = (0.5, 1.0, 2.0)
     cycles: tuple[int, ...] = (1, 2, 4, 8, 25)
-    sizes: tuple[int, ...] = (64, 256)
+    sizes: tuple[int, ...] = (64,)
     size_sets: tuple[int, ...] = (0, 1, 2)
     replays: tuple[str, ...] = tuple(sorted(p.stem for p in REPLAYS.glob("*.yaml")))
     rates: tuple[float, ...] = (0.25, 1.0, 2.0)
-    rungs: tuple[int, ...] = (1, 2, 3, 4, 6, 8)
+    rungs: tuple[int, ...] = (1, 2, 3, 4, 6)
     truth: int = 48
     draws: int = 8
     prompts: int = 12
