@@ -17,6 +17,7 @@ from PIL import Image
 from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
+from sdclr.engine.folder import read_json
 from sdclr.engine.plan import fingerprint, read_inputs
 from sdclr.errors import ConfigError, Inconclusive, InputError
 
@@ -39,7 +40,7 @@ def run(path: Path, *overrides: str, **options: Any) -> Inconclusive:
 
 
 def result_of(path: Path, name: str = "tiny") -> dict[str, Any]:
-    return json.loads((path.parent / "runs" / name / "range-test" / "result.json").read_text())
+    return read_json(path.parent / "runs" / name / "range-test" / "result.json")
 
 
 def without_time(result: dict[str, Any]) -> dict[str, Any]:
