@@ -217,17 +217,17 @@ def test_an_export_that_lost_a_part_is_not_published(lab: Lab, reference) -> Non
 
         real = CLIPTokenizer._save_pretrained
 
-        def save(self: object, directory: str, *arguments: object, **options: object) -> object:
-            shutil.rmtree(Path(directory).parent / "vae", ignore_errors=True)
-            return real(self, directory, *arguments, **options)
+        def save(self: object, save_directory: str, *arguments: object, **options: object) -> object:
+            shutil.rmtree(Path(save_directory).parent / "vae", ignore_errors=True)
+            return real(self, save_directory, *arguments, **options)
 
         CLIPTokenizer._save_pretrained = save  # type: ignore[method-assign]
 
     lab.reset()
     outcome = lab.train(before=vanish)
-    if outcome.kind == "error":
-        assert outcome.code == 1 and "vae" in outcome.text and not (lab.folder / "final").exists()
-        assert lab.recover().kind == "done"
+    assert outcome.code == 1 and "vae/ is missing" in outcome.text, outcome.text
+    assert not (lab.folder / "best").exists() and not (lab.folder / "final").exists()
+    assert lab.recover().kind == "done"
     assert not differences(lab.print_of(), reference)
 
 
