@@ -27,6 +27,13 @@ def reference(lab: Lab) -> dict[str, str]:
     return lab.print_of()
 
 
+@pytest.fixture(scope="module")
+def operations(lab: Lab) -> list[tuple[str, str]]:
+    """Every file operation of the undisturbed run, in order."""
+    lab.reset()
+    return lab.train(disk=Disk(lab.runs)).ops
+
+
 def recovered(lab: Lab, reference: dict[str, str], *overrides: str) -> tuple[str, str]:
     """Go on after a crash; what went wrong with going on, and what differs from the undisturbed run."""
     outcome = lab.recover(*overrides)
@@ -138,10 +145,9 @@ def _measured(folder: Path) -> dict[str, str]:
 
 
 @thinned(40)
-def test_a_signal_stops_after_a_step_that_is_saved(lab: Lab, reference, share: int) -> None:
+def test_a_signal_stops_after_a_step_that_is_saved(lab: Lab, reference, operations, share: int) -> None:
     """SIGINT and SIGTERM at any operation of training: the step is finished and saved, 130 or 143, and resuming ends the same."""
-    lab.reset()
-    ops = lab.train(disk=Disk(lab.runs)).ops
+    ops = operations
     first = next(k for k, (name, path) in enumerate(ops, 1) if path.endswith("tiny/metrics.jsonl"))
     last = max(k for k, (name, path) in enumerate(ops, 1) if path.endswith("tiny/metrics.jsonl"))
     tally = Tally("signals: one, at any operation of training", share)
@@ -164,9 +170,10 @@ def test_a_signal_stops_after_a_step_that_is_saved(lab: Lab, reference, share: i
 
 
 @thinned(40, 2)
-def test_a_second_signal_within_the_save_leaves_the_checkpoint_before(lab: Lab, reference, share: int) -> None:
-    lab.reset()
-    ops = lab.train(disk=Disk(lab.runs)).ops
+def test_a_second_signal_within_the_save_leaves_the_checkpoint_before(
+    lab: Lab, reference, operations, share: int
+) -> None:
+    ops = operations
     inside = [
         k for k, (name, path) in enumerate(ops, 1) if ".step-000003.partial" in path or ".step-000001.pruned" in path
     ]
