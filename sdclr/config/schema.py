@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -94,6 +94,24 @@ class Section(BaseModel):
     """Base of all sections: frozen, strict about keys, defaults judged like values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic would take `size: true` for 1 and `flip: 1` for true."""
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        given = value if isinstance(value, list) else [value]
+        if bool not in kinds and kinds & {int, float} and any(isinstance(v, bool) for v in given):
+            raise problem(f"must be a number; got {value!r}")
+        if bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):
+            raise problem(f"must be true or false; got {value!r}")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation is made of."""
+    inner = get_args(annotation)
+    return {kind for part in inner for kind in _kinds(part)} if inner else {annotation}
 
 
 class RunSection(Section):

@@ -176,7 +176,10 @@ def _caption(folder: Path, image: Path, files: list[Path], default: str | None, 
         found.append(f"{', '.join(_shown(folder, f) for f in files)}: two caption files for one picture: remove one")
         return ""
     if not files:
-        return default if default is not None else _one_line(image.stem.replace("_", " ").replace("-", " "))
+        caption = default if default is not None else _one_line(image.stem.replace("_", " ").replace("-", " "))
+        if not caption and default is None:
+            found.append(f"{_shown(folder, image)}: has no caption file, and a name that says nothing")
+        return caption
     name = _shown(folder, files[0])
     try:
         if files[0].stat().st_size > MAX_CAPTION_BYTES:
@@ -212,6 +215,9 @@ def _key(folder: Path, path: Path) -> str:
 
 
 def _shown(folder: Path, path: Path) -> str:
+    return printable(folder / _key(folder, path))
+
+
+def printable(path: Path) -> str:
     """A name safe to print in one line, whatever characters it holds."""
-    name = (folder / _key(folder, path)).as_posix()
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path.as_posix())

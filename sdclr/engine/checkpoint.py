@@ -176,6 +176,7 @@ def prune(folder: Path, keep_last: int) -> None:
     for checkpoint in (*full[:-keep_last], *(b for b in best[:-1] if b.step not in counted_on)):
         with contextlib.suppress(OSError):
             discard(checkpoint.path)
+    _sweep(folder)
 
 
 def _best_step(checkpoint: Checkpoint) -> int | None:
@@ -194,7 +195,12 @@ def discard_after(folder: Path, step: int) -> None:
         for checkpoint in reversed(available(folder)):
             if checkpoint.step > step:
                 discard(checkpoint.path)
-    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.pruned")] if folder.is_dir() else []:
+    _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Delete what an interrupted save or a failed deletion has left."""
+    for leftover in [*folder.glob(".*.partial"), *folder.glob(".*.pruned")]:
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches
 from sdclr.data.dataset import views
-from sdclr.data.pairs import Pair, Split
+from sdclr.data.pairs import Pair, Split, printable
 from sdclr.engine.folder import RunFolder, read_json
 from sdclr.errors import ConfigError, InputError
 from sdclr.lr.exposure import steps_for
@@ -258,7 +258,7 @@ def _refuse_leaks(split: Split) -> None:
 
         raise DataError(
             [
-                f"{a.path} and {b.path} are the same picture, one to train on and one held out: remove one"
+                f"{printable(a.path)} and {printable(b.path)} are the same picture, one to train on and one held out: remove one"
                 for a, b in same
             ],
             hint="a picture in both halves makes the validation loss meaningless",

@@ -18,7 +18,7 @@ from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Sample
 from sdclr.data.cache import TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.dataset import View, pixels, views
-from sdclr.data.pairs import Pair
+from sdclr.data.pairs import Pair, printable
 from sdclr.engine.loop import TrainState
 from sdclr.engine.plan import Inputs
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
@@ -209,7 +209,7 @@ class _Encoder:
                         Exception
                     ) as error:  # Pillow's decoders raise many kinds; each means that this file is broken
                         found.append(
-                            f"{pair.path}: cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+                            f"{printable(pair.path)}: cannot be decoded: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
                         )
                         break
                     mean, std = components.encode_pixels(self.parts.vae, picture)

@@ -52,9 +52,21 @@ class Components:
         return pipeline
 
     def save_pipeline(self, folder: Path) -> None:
-        """Write the parts as a diffusers folder that `StableDiffusionPipeline.from_pretrained` opens; safetensors only."""
-        with quiet_libraries():
-            self.pipeline().save_pretrained(folder, safe_serialization=True)
+        """Write the parts as a diffusers folder that `StableDiffusionPipeline.from_pretrained` opens; safetensors only.
+
+        Raises OSError or SafetensorError when the disk refuses, and when a part did not get there: the libraries make a folder
+        again that has vanished under them, and go on.
+        """
+        try:
+            with quiet_libraries():
+                self.pipeline().save_pretrained(folder, safe_serialization=True)
+        except Exception as error:
+            if type(error) is Exception:  # as tokenizers passes on what the system said
+                raise OSError(str(error)) from error
+            raise
+        problems = _folder_problems(folder)
+        if problems:
+            raise OSError(problems[0])
 
 
 def load(config: ModelSection) -> Components:

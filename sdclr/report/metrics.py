@@ -71,7 +71,9 @@ class MetricsLog:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Finish the files."""
+        """Finish the files; what can still be written is."""
+        with contextlib.suppress(OSError):
+            self.sync()
         self.file.close()
         if self.board:
             self.board.close()

@@ -12,7 +12,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab():
     """Four steps, a look and a save after each, a trough at 2 and 4; the best is the state after step 2."""
     import torch

@@ -271,9 +271,9 @@ class Deaths(Disk):
     deaths is in its index.json.
     """
 
-    def __init__(self, root: Path, folder: Path, states: Path, calls: Sequence[int] = ()):
+    def __init__(self, root: Path, folder: Path, states: Path, share: int = 1, calls: Sequence[int] = ()):
         super().__init__(root)
-        self.folder, self.states, self.calls = folder, states, set(calls)
+        self.folder, self.states, self.share, self.calls = folder, states, share, set(calls)
         self.deaths: list[tuple[str, str, str]] = []
         shutil.rmtree(states, ignore_errors=True)
         states.mkdir()
@@ -297,7 +297,7 @@ class Deaths(Disk):
     ) -> None:
         before = len(self.log)
         super().touch(name, path, write_half, handle)
-        if len(self.log) == before:
+        if len(self.log) == before or (len(self.log) + self.share // 2) % self.share:
             return
         what = f"{len(self.log)} {name} {self.log[-1][1]}"
         self._die(what, name)
@@ -390,6 +390,7 @@ class Lab:
         from sdclr.report import console, figures
 
         torch.set_num_threads(1)
+        self.true_load, self.true_curves = components.load, figures.training
         parts = components.load(source.load(self.config).config.model)
         weights = {
             name: {k: v.clone() for k, v in part.state_dict().items()}
@@ -445,12 +446,12 @@ class Lab:
         return in_child(work, disk, self.root / "child.log")
 
     def deaths(
-        self, start: Path | None, work: Callable[..., Outcome], calls: Sequence[int] = ()
+        self, start: Path | None, work: Callable[..., Outcome], share: int = 1, calls: Sequence[int] = ()
     ) -> list[tuple[str, str, Path | None]]:
         """Every death of a run that begins from `start`: what died where, the kind of place, and the state of the folder it left."""
         self.reset(start)
         states = self.root / "states"
-        outcome = work(disk=Deaths(self.runs, self.folder, states, calls))
+        outcome = work(disk=Deaths(self.runs, self.folder, states, share, calls))
         assert outcome.code in (0, 3), outcome.text
         index = json.loads((states / "index.json").read_text())
         return [(what, kind, None if state == "nothing" else states / state) for what, kind, state in index]

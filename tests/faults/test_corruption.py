@@ -78,7 +78,7 @@ def test_every_damage_to_a_checkpoint_is_detected(lab: Lab, finished: Path, shar
     tally.report()
 
 
-@thinned(24)
+@thinned(40)
 def test_a_run_resumed_over_damage_ends_the_same(lab: Lab, finished: Path, share: int) -> None:
     """Damage in the newest checkpoint, in the best that the later ones count on, in the cache, or in a whole folder."""
     reference = _print_of(lab, finished)
@@ -138,7 +138,20 @@ def test_when_nothing_is_whole_nothing_is_overwritten(lab: Lab, finished: Path) 
     assert not differences(lab.print_of(), before)
 
 
-@thinned(12)
+def test_a_kept_state_without_its_manifest_is_not_drawn(lab: Lab, finished: Path) -> None:
+    """A folder that someone else wrote needs no manifest; a checkpoint that has lost it is damaged."""
+    from sdclr.commands.sample import _column
+    from sdclr.errors import InputError
+
+    lab.reset(finished)
+    best = next((lab.folder / "checkpoints").glob("best-000002*"))
+    (best / "manifest.json").unlink()
+    with pytest.raises(InputError, match=r"damaged: manifest\.json is missing"):
+        _column(best, None)
+    assert _column(lab.folder / "final", None).weights == lab.folder / "final"
+
+
+@thinned(50)
 def test_damaged_metrics_are_said_and_stop_nothing(lab: Lab, finished: Path, share: int) -> None:
     from sdclr.report import metrics
 
@@ -150,6 +163,7 @@ def test_damaged_metrics_are_said_and_stop_nothing(lab: Lab, finished: Path, sha
             continue
         damage(lab.folder / "metrics.jsonl")
         outcome = lab.train(*KEEP_MORE, resume=True)
+        lab.true_curves(metrics.complete(metrics.read(lab.folder / "metrics.jsonl")), "damaged", [2, 4])
         same = metrics.read(lab.folder / "metrics.jsonl") == metrics.read(finished / "metrics.jsonl")
         tally.add(
             what,

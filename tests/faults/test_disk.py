@@ -29,7 +29,7 @@ def operations(lab: Lab) -> list[tuple[str, str]]:
 def judged(lab: Lab, outcome: Outcome, reference: dict[str, str]) -> tuple[list[str], str]:
     """What is wrong with how a run met its fault: it must end with a word, be resumable, and come to the same end.
 
-    A step that was not kept while the run went on may miss its trough, when that was said.
+    A step that was not kept while the run went on may miss its trough, when that was said; a deletion that fails costs only space.
     """
     wrong = []
     if outcome.kind not in ("done", "error") or outcome.code not in (0, 1, 2):
@@ -42,13 +42,18 @@ def judged(lab: Lab, outcome: Outcome, reference: dict[str, str]) -> tuple[list[
     if outcome.kind != "done":
         wrong.append(f"not resumable: {outcome.kind} {outcome.text}")
     other = differences(lab.print_of(), reference)
-    missed = [name for name in other if name.startswith("checkpoints/trough-") and said]
-    if set(other) - set(missed):
-        wrong.append(f"differs: {sorted(set(other) - set(missed))}")
+    missed = {name for name in other if name.startswith("checkpoints/trough-") and said}
+    spare = {
+        name
+        for name in other
+        if name not in reference and ("/.step-" in name or "/.best-" in name or "/step-000003/" in name)
+    }
+    if set(other) - missed - spare:
+        wrong.append(f"differs: {sorted(set(other) - missed - spare)}")
     return wrong, kind
 
 
-@thinned(60)
+@thinned(200)
 def test_a_full_disk_from_any_write_on(lab: Lab, reference, operations, share: int) -> None:
     """From the k-th operation on nothing more can be written; then there is space again."""
     tally = Tally("disk: full from any write on", share)
@@ -60,7 +65,7 @@ def test_a_full_disk_from_any_write_on(lab: Lab, reference, operations, share: i
     tally.report()
 
 
-@thinned(60)
+@thinned(200)
 def test_a_full_disk_for_one_write(lab: Lab, reference, operations, share: int) -> None:
     """The k-th operation alone fails: full, read-only, broken or over quota in turn."""
     tally = Tally("disk: one operation fails", share)
@@ -75,7 +80,7 @@ def test_a_full_disk_for_one_write(lab: Lab, reference, operations, share: int) 
     tally.report()
 
 
-@thinned(60, 4)
+@thinned(300, 4)
 def test_a_read_only_disk_while_resuming(lab: Lab, reference, operations, share: int) -> None:
     lab.reset()
     lab.train(
@@ -92,7 +97,7 @@ def test_a_read_only_disk_while_resuming(lab: Lab, reference, operations, share:
     tally.report()
 
 
-@thinned(60, 4)
+@thinned(400, 3)
 def test_a_folder_that_vanishes(lab: Lab, reference, operations, share: int) -> None:
     """The run's folder is deleted under the run; it is made again, or the run ends with a word and can be started again."""
 
@@ -104,30 +109,32 @@ def test_a_folder_that_vanishes(lab: Lab, reference, operations, share: int) -> 
                 subprocess.run(["rm", "-rf", str(lab.folder)], check=True)
 
     tally = Tally("disk: the folder vanishes", share)
+    closed = max(number for number, (_, path) in enumerate(operations, 1) if path == "tiny/metrics.jsonl")
     for number in range(1 + share // 2, len(operations), share):
         lab.reset()
         disk = Vanishing(lab.runs)
         disk.number = number
         outcome = lab.train(disk=disk)
-        wrong, kind = judged(
-            lab,
-            outcome,
-            {k: v for k, v in reference.items() if k in lab.print_of()} if outcome.kind == "done" else reference,
-        )
-        final = all(name in lab.print_of() for name in reference if name.startswith("final/"))
-        whole = lab.print_of().get("metrics.jsonl") == reference["metrics.jsonl"]
+        kind, ended = ("went on" if outcome.kind == "done" else f"stopped with {outcome.code}"), outcome
+        if outcome.kind == "error":
+            ended = lab.recover()
+        lost = [
+            name
+            for name in differences(lab.print_of(), reference)
+            if name.startswith("final/") or (name == "metrics.jsonl" and number <= closed)
+        ]
         tally.add(
             f"{number} {operations[number - 1]}",
-            *wrong,
-            "" if final else "no final",
-            "" if whole else "metrics not whole",
+            "" if outcome.kind in ("done", "error") else outcome.text,
+            "" if ended.kind == "done" else f"not recovered: {ended.text}",
+            f"lost {lost}" if lost else "",
             kind=kind,
         )
     tally.report()
 
 
 @pytest.mark.parametrize("lies", [False, True], ids=["asked", "unasked"])
-@thinned(12)
+@thinned(60)
 def test_a_real_small_disk(lab: Lab, reference, share: int, lies: bool) -> None:
     """A tmpfs of every size from too small on, then enlarged. `unasked`: the free space is reported too high, as quotas do."""
     if os.geteuid() or subprocess.run(["mountpoint", "-q", "/"]).returncode not in (0, 32):
@@ -156,7 +163,7 @@ def test_a_real_small_disk(lab: Lab, reference, share: int, lies: bool) -> None:
     tally.report()
 
 
-@thinned(4)
+@thinned(20)
 def test_a_limit_on_the_size_of_files(lab: Lab, reference, share: int) -> None:
     """The system's own refusal in the midst of a tensor, an optimizer's state, a line."""
     tally = Tally("disk: files limited in size", share)
@@ -179,6 +186,47 @@ def test_space_is_asked_for_before_writing(lab: Lab, reference) -> None:
     assert outcome.code == 1 and "MiB left" in outcome.text and "no checkpoint has been kept yet" in outcome.text
     assert outcome.said.count("training goes on to the next save") == 3
     assert not [path for name, path in outcome.ops if ".partial/" in path]
+    assert lab.recover().kind == "done"
+    assert not differences(lab.print_of(), reference)
+
+
+@pytest.mark.parametrize("message", ["No space left on device (os error 28)", "No such file or directory (os error 2)"])
+def test_a_tokenizer_that_cannot_be_written(lab: Lab, reference, message: str) -> None:
+    """tokenizers raises bare Exceptions; it writes last but one, so the export is cut short and made again by --resume."""
+
+    def refuse() -> None:
+        from transformers import CLIPTokenizer
+
+        def save(*arguments: object, **options: object) -> None:
+            raise Exception(message)
+
+        CLIPTokenizer._save_pretrained = save  # type: ignore[method-assign]
+
+    lab.reset()
+    outcome = lab.train(before=refuse)
+    assert outcome.kind == "error" and outcome.code == 1 and message in outcome.text, outcome
+    assert lab.recover().kind == "done"
+    assert not differences(lab.print_of(), reference)
+
+
+def test_an_export_that_lost_a_part_is_not_published(lab: Lab, reference) -> None:
+    """Its folder vanishes in the midst of it; the libraries make it again and write what is left."""
+
+    def vanish() -> None:
+        from transformers import CLIPTokenizer
+
+        real = CLIPTokenizer._save_pretrained
+
+        def save(self: object, save_directory: str, *arguments: object, **options: object) -> object:
+            shutil.rmtree(Path(save_directory).parent / "vae", ignore_errors=True)
+            return real(self, save_directory, *arguments, **options)
+
+        CLIPTokenizer._save_pretrained = save  # type: ignore[method-assign]
+
+    lab.reset()
+    outcome = lab.train(before=vanish)
+    assert outcome.code == 1 and "vae/ is missing" in outcome.text, outcome.text
+    assert not (lab.folder / "best").exists() and not (lab.folder / "final").exists()
     assert lab.recover().kind == "done"
     assert not differences(lab.print_of(), reference)
 
