@@ -108,6 +108,8 @@ def measure(bench: Bench, settings: RangeTestSection) -> Findings:
         top, scale = screen(bench, found.base, settings)
         lowest = settings.lr[0] if settings.lr else 0.0
         found.reference = reference(bench, max(min(top / 10, scale / 10), lowest))
+        if not len(found.reference.exposure):
+            return found
         base = found.base.mean(axis=1)
         target = best_exposure(base, found.reference.arm()).value * settings.test_exposure
         _anchor(bench, found, target, settings)
@@ -155,15 +157,22 @@ def reference(bench: Bench, lr: float) -> Measured:
 def _anchor(bench: Bench, found: Findings, target: float, settings: RangeTestSection) -> None:
     """If a slower arm is surely better than the reference, the reference was itself too high: a lower one takes its place."""
     assert found.base is not None and found.reference is not None
-    slow = _arm(bench, found.reference.lr / math.sqrt(10), target / 4)
-    against = judge(
-        found.base.mean(axis=1), slow.arm(), found.reference.arm(slow.exposure[-1]), settings.tolerance, math.inf
-    )
-    if against.low <= settings.tolerance:
+    nearby = found.reference.exposure[: len(CLOSING_SHARES)][
+        -1
+    ]  # where S* comes early: as far as there are points to compare
+    slow = _arm(bench, found.reference.lr / math.sqrt(10), max(target / 4, nearby))
+    if not len(slow.exposure):
         found.arms.append(slow)
         return
-    found.arms.append(found.reference)
-    found.reference = reference(bench, slow.lr)
+    base, fast = found.base.mean(axis=1), found.reference.arm(slow.exposure[-1])
+    surely_better = (
+        len(fast.exposure) and judge(base, slow.arm(), fast, settings.tolerance, math.inf).low > settings.tolerance
+    )
+    if surely_better:
+        found.arms.append(found.reference)
+        found.reference = reference(bench, slow.lr)
+    else:
+        found.arms.append(slow)
 
 
 def _descend(bench: Bench, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
@@ -206,7 +215,7 @@ def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
 def legacy_ramp(bench: Bench, kind: str, steps: int = 200) -> str:
     """The field's single ramp: where its loss was lowest and the S* that this stands for; it cannot show a bound."""
     top, _ = screen(bench, bench.base(), bench.config.range_test)
-    low = top / 1000
+    low, steps = top / 1000, min(steps, bench.config.range_test.max_steps)
     ramp = linear_ramp(0.0, top, steps) if kind == "linear" else exponential_ramp(low, top, steps)
     arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, lambda a: len(a.rates) >= steps, lambda step, s: step % 5 == 0)
     step = int(arm.steps[int(np.argmin(arm.means))])
@@ -232,20 +241,27 @@ def as_result(found: Findings, bench: Bench, config: RunConfig, inputs: Inputs) 
     if found.base is not None and found.reference is not None and len(found.reference.exposure):
         arms: list[Arm] = [a.arm() for a in found.arms if len(a.exposure) or a.diverged]
         bounds = analyse(found.base.mean(axis=1), found.reference.arm(), arms, settings.tolerance, settings.raggedness)
+    elif found.reference is not None:
+        lower = "set the grid by hand, from lower rates: range_test.lr"
+        bounds = dataclasses.replace(
+            bounds,
+            reasons=(Reason("diverged", f"training diverged at the lowest rate, {found.reference.lr:.3g}", lower),),
+        )
     reasons = list(bounds.reasons)
     if found.stopped:
         again = "run it again: it goes on from its finished arms"
         reasons = [Reason("stopped", "the test was stopped before its last arm", again)]
     ceiling, best, gain = bounds.ceiling, bounds.best_exposure, bounds.gain
+    conclusive = ceiling is not None and best is not None and not reasons
     return {
-        "verdict": "conclusive" if ceiling and best and not reasons else "inconclusive",
+        "verdict": "conclusive" if conclusive else "inconclusive",
         "reasons": [dataclasses.asdict(r) for r in reasons],
         "ceiling": {"lr": ceiling.value, "bracket": [ceiling.low, ceiling.high]} if ceiling else None,
         "best_exposure": {"value": best.value, "interval": [best.low, best.high]} if best else None,
         "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(found.base))}
         if gain and found.base is not None
         else None,
-        "recommended": recommend(config, inputs, ceiling.value, best.value) if ceiling and best else None,
+        "recommended": recommend(config, inputs, ceiling.value, best.value) if conclusive else None,
         "reference": {"lr": found.reference.lr, "steps": len(found.reference.rates)} if found.reference else None,
         "arms": [_arm_record(verdict, found.arms) for verdict in bounds.arms],
         "cost": {

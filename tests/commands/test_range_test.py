@@ -240,6 +240,19 @@ def test_a_legacy_ramp_prints_the_exposure_that_its_minimum_stands_for(config, c
     assert not (path.parent / "runs" / "tiny" / "range-test" / "result.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("grid", "code"),
+    [("max_steps: 3", None), ("max_steps: 12, lr: [1.0e-9, 1.0e-8]", None), ("max_steps: 12, lr: [5.0, 10.0]", None)],
+)  # fmt: skip
+def test_a_grid_that_shows_nothing_ends_inconclusive_with_a_reason(config, grid, code):
+    path = config(f"range_test: {{{grid}}}\nvalidation: {{fraction: 0.3, timesteps_per_image: 2}}")
+    run(path)
+    result = result_of(path)
+    assert result["verdict"] == "inconclusive" and result["reasons"]
+    assert code is None or code in [reason["code"] for reason in result["reasons"]]
+    assert result["recommended"] is None
+
+
 def test_an_unknown_legacy_ramp_is_an_input_error(config):
     with pytest.raises(InputError, match="linear or exponential; got 'quadratic'"):
         range_test(config(), legacy="quadratic")
