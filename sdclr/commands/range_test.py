@@ -261,7 +261,9 @@ def as_result(found: Findings, bench: Bench, config: RunConfig, inputs: Inputs) 
         "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(found.base))}
         if gain and found.base is not None
         else None,
-        "recommended": recommend(config, inputs, ceiling.value, best.value) if conclusive else None,
+        "recommended": recommend(config, inputs, ceiling.value, best.value)
+        if conclusive and ceiling and best
+        else None,
         "reference": {"lr": found.reference.lr, "steps": len(found.reference.rates)} if found.reference else None,
         "arms": [_arm_record(verdict, found.arms) for verdict in bounds.arms],
         "cost": {

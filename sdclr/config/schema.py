@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -42,6 +43,10 @@ def needed(message: str, at: str) -> PydanticCustomError:
     return PydanticCustomError("sdclr_needed", "{text}", {"text": message, "found": [(at, message)]})
 
 
+MAX_STEPS = 10_000_000
+"""Longer schedules are a slip of the keyboard; a step a second would take four months."""
+
+
 class Span(BaseModel):
     """A length of training: a whole number of optimizer steps, or a number of epochs (passes over the training images)."""
 
@@ -68,7 +73,7 @@ def parse_span(value: Any) -> Any:
     )
     number = float(match[1]) if match else math.nan
     unit = "epochs" if match and (match[2] or "").lower().startswith("epoch") else "steps"
-    if not 0 < number <= 1e9:
+    if not 0 < number <= MAX_STEPS:
         raise problem(f"must be a positive number of steps such as 40, or text such as '10 epochs'; got {value!r}")
     if unit == "steps" and number != round(number):
         raise problem(f"must be a whole number of steps; got {value!r}")
@@ -88,6 +93,7 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
 Text = Annotated[str, Field(max_length=2000)]
+Place = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Section(BaseModel):
@@ -120,7 +126,7 @@ class RunSection(Section):
     name: Annotated[str, Field(min_length=1, max_length=100)] = Field(
         description="folder of this run inside output_dir"
     )
-    output_dir: Path = Field(Path("runs"), description="folder that holds all runs and the cache")
+    output_dir: Place = Field(Path("runs"), description="folder that holds all runs and the cache")
     seed: Seed = Field(42, description="every random draw derives from it")
     tensorboard: bool = Field(False, description="also write TensorBoard files (pip install 'sdclr[tensorboard]')")
 
@@ -150,6 +156,11 @@ class ModelSection(Section):
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
 
+    @field_validator("base", "config")
+    @classmethod
+    def _a_tilde_is_the_home(cls, place: str | None) -> str | None:
+        return str(Path(place).expanduser()) if place and place.startswith("~") else place
+
     @field_validator("train")
     @classmethod
     def _trains_the_unet_once(cls, train: tuple[str, ...]) -> tuple[str, ...]:
@@ -175,7 +186,7 @@ class ModelSection(Section):
 class DataSection(Section):
     """The images and their captions."""
 
-    images: Path = Field(
+    images: Place = Field(
         description="folder of pictures, each with a .txt or .caption beside it (else the file name is the caption)"
     )
     resolution: Annotated[int, Field(ge=32, le=4096)] = Field(512, description="pixels, a multiple of 8")

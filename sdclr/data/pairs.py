@@ -20,6 +20,11 @@ MAX_PIXELS = 16_384 * 16_384 // 2
 MIN_SIDE = 16
 MAX_ASPECT = 16
 """Longer strips are refused: their shorter side is scaled to the resolution, so their longer one would not fit into memory."""
+FOREIGN_SUFFIXES = frozenset(
+    f".{kind}"
+    for kind in ("heic", "heif", "jxl", "svg", "psd", "xcf", "raw", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2")
+)
+"""Pictures that may be meant, but that Pillow may not read; the ones it does read here are taken."""
 MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
 """What a folder of pictures can hold; beyond it, the folder is surely another one than was meant."""
 
@@ -100,6 +105,10 @@ def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[
         suffix = path.suffix.lower()
         kind = captions if suffix in CAPTION_SUFFIXES else images if suffix in known else None
         if kind is None:
+            if suffix in FOREIGN_SUFFIXES:
+                found.append(
+                    f"{_shown(folder, path)}: {suffix} pictures cannot be read here: convert it to PNG or JPEG"
+                )
             continue
         problem = _not_our_file(path, root)
         if problem:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdclr.config.schema import CYCLIC, RunConfig, Span
+from sdclr.config.schema import CYCLIC, MAX_STEPS, RunConfig, Span
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches
@@ -103,6 +103,8 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
     best = (measured[1]["best_exposure"] or {}).get("value") if measured else None
     peak = measured[1]["recommended"]["max_lr"] if measured and max_lr == "auto" else float(max_lr)
     steps = _steps(config, per_epoch, peak, best)
+    if steps > MAX_STEPS:
+        raise ConfigError([loaded.problem("train.steps", f"comes to {steps:,} optimizer steps; at most {MAX_STEPS:,}")])
     schedule = make_schedule(config, per_epoch, steps, peak)
     if schedule.ends_near_peak and not config.schedule.allow_peak_end:
         raise ConfigError(

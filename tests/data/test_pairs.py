@@ -201,6 +201,15 @@ def test_a_link_out_of_the_folder_is_refused_and_one_inside_is_followed(tmp_path
     ]
 
 
+def test_a_kind_of_picture_that_cannot_be_read_is_named_and_other_files_are_left_alone(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "notes.md").write_text("notes")
+    assert len(find(tmp_path)) == 1
+    (tmp_path / "b.HEIC").write_bytes(b"heic")
+    with pytest.raises(DataError, match=r"b\.HEIC.*convert it to PNG or JPEG"):
+        find(tmp_path)
+
+
 def test_a_link_to_nothing_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
     assert problems(tmp_path) == ["a.png: is a link that leads nowhere"]

@@ -80,6 +80,12 @@ def test_epochs_and_cycles_become_steps(write: Write) -> None:
     assert plan.source is None
 
 
+def test_a_run_of_more_steps_than_anybody_means_is_refused(write: Write) -> None:
+    loaded = write(train="{steps: 9000000 epochs}", schedule="{policy: constant, max_lr: 1.0e-5}")
+    with pytest.raises(ConfigError, match="optimizer steps; at most 10,000,000"):
+        make_plan(loaded, read_inputs(loaded))
+
+
 def test_smiths_rule_of_epochs_gives_the_half_cycle(write: Write) -> None:
     plan = plan_of(
         write(schedule="{policy: triangular, max_lr: 1e-3, step_size: 10 epochs}", train="{steps: 200 epochs}")
