@@ -12,6 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import cases
+import nulls
+import range_test_accuracy
 import rivals
 import tables
 import trials
@@ -88,3 +90,23 @@ def test_the_cases_user_has_the_demos_pictures() -> None:
     own = [caption for _, caption in cases._pictures("mochi", 84)[:20]]
     demo = [p.read_text().strip() for p in sorted((cases.ROOT / "data" / "mochi").glob("*.txt"))]
     assert own == demo
+
+
+def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nulls, "MOST", 48)
+    monkeypatch.setattr(nulls, "FEW", 6)
+    monkeypatch.setattr(cases, "HELD_OUT", 4)
+    settings = ("range_test.max_steps=48", "validation.timesteps_per_image=2")
+    case = cases.Case("mochi", pictures=10, overrides=settings, base=model)
+    effort = truth.Effort(per_decade=2, rates=3, seeds=2, cap=8, points=4)
+    depth = range_test_accuracy.Depth(1, effort, (6,), (2,), 1, True, 1)
+    result = tmp_path / "results" / "mochi.json"
+    parts = ["tests", "rivals", "nulls"]
+    found = range_test_accuracy.run_case(case, tmp_path / "work", depth, parts, result)
+    assert {record["null"] for record in found["nulls"]} == {null.name for null in nulls.NULLS}
+    assert not any(record["right_reason"] and not record["inconclusive"] for record in found["nulls"])
+    assert "### Nulls" in tables.everything([found])
+    pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "pieces").iterdir()}
+    again = range_test_accuracy.run_case(case, tmp_path / "work", depth, parts, result)
+    assert again["truth"] == found["truth"] and again["tests"] == found["tests"]
+    assert pieces == {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "pieces").iterdir()}

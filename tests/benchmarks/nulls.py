@@ -16,6 +16,8 @@ from sdclr.engine.plan import Inputs
 from sdclr.engine.run import Run
 
 NO_GAIN = ("no_gain",)
+MOST, FEW = 1000, 200
+"""Steps that a reference arm may take at most where the model moves, and where it cannot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +36,7 @@ def strangers(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
         held = tuple(pairs.find(place.folder / "strangers"))[: len(inputs.split.validation)]
         return dataclasses.replace(inputs, split=Split(inputs.split.train, held))
 
-    return trials.range_test(place, seed, f"null-strangers-{seed}", ["range_test.max_steps=1000"], inputs_of=swapped)
+    return trials.range_test(place, seed, f"null-strangers-{seed}", [f"range_test.max_steps={MOST}"], inputs_of=swapped)
 
 
 def frozen(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
@@ -50,13 +52,13 @@ def frozen(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
 
         run.fresh_state = without_effect  # type: ignore[method-assign]
 
-    return trials.range_test(place, seed, f"null-frozen-{seed}", ["range_test.max_steps=200"], prepare=still)
+    return trials.range_test(place, seed, f"null-frozen-{seed}", [f"range_test.max_steps={FEW}"], prepare=still)
 
 
 def tiny_rates(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
     """A grid four to six decades below the ceiling."""
     top = (truth["ceiling"] or truth["screen_top"]) / 1e4
-    extra = [f"range_test.lr=[{top / 100:.3g}, {top:.3g}]", "range_test.max_steps=200"]
+    extra = [f"range_test.lr=[{top / 100:.3g}, {top:.3g}]", f"range_test.max_steps={FEW}"]
     return trials.range_test(place, seed, f"null-tiny-rates-{seed}", extra)
 
 
@@ -66,7 +68,7 @@ def learned(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
 
     def make() -> dict[str, Any]:
         lr = (truth["ceiling"] or truth["screen_top"] / 10) / 4
-        steps = max(1, min(2000, round(2 * truth["best_exposure"] / lr)))
+        steps = max(1, min(2 * MOST, round(2 * truth["best_exposure"] / lr)))
         loaded, inputs = place.load(0, ["validation.fraction=0"])
         run = Run(loaded.config, inputs)
         norm = loaded.config.optimizer.max_grad_norm
@@ -75,7 +77,7 @@ def learned(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
         return {"lr": lr, "steps": steps}
 
     place.piece("learned", make)
-    extra = [f"model.base={folder}", "range_test.max_steps=1000"]
+    extra = [f"model.base={folder}", f"range_test.max_steps={MOST}"]
     return trials.range_test(place, seed, f"null-learned-{seed}", extra)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import statistics
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def range_test(
     inputs_of: Callable[[Inputs], Inputs] = lambda inputs: inputs,
     prepare: Callable[[Run], None] = lambda run: None,
 ) -> dict[str, Any]:
-    """One range test with the program's functions: result.json's contents. `inputs_of` and `prepare` spoil it, for the nulls."""
+    """One range test with the program's functions: result.json's contents. `inputs_of` and `prepare` spoil it, for the nulls.
+
+    A test that breaks is a result too: verdict "crashed", its error the only reason.
+    """
 
     def make() -> dict[str, Any]:
         loaded, inputs = place.load(seed, extra)
@@ -60,9 +64,24 @@ def range_test(
         folder = place.folder / "arms" / f"{name}-{method()}"
         with console.progress(name, total=None) as bar:
             bench = Bench(run, run.held_out, config, folder, heard=bar.advance)
-            return as_result(measure(bench, config.range_test), bench, config, inputs)
+            try:
+                return as_result(measure(bench, config.range_test), bench, config, inputs)
+            except Exception as error:  # whatever it is, it is the range test's bug, and the other tests go on
+                return _crashed(error, bench)
 
     return place.piece(name, make, [method(), list(extra)])
+
+
+def _crashed(error: Exception, bench: Bench) -> dict[str, Any]:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+    return {
+        "verdict": "crashed",
+        "reasons": [{"code": "crashed", "text": text, "remedy": ""}],
+        **dict.fromkeys(("ceiling", "best_exposure", "gain", "recommended", "reference")),
+        "arms": [],
+        "cost": {"train_steps": bench.train_steps, "validation_forwards": bench.forwards, "seconds": 0.0},
+    }
 
 
 def trial(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
