@@ -163,6 +163,7 @@ def test_a_true_ctrl_c_ends_the_process_with_130_and_no_traceback() -> None:
     code = (
         "import os, signal, sys\n"
         "import sdclr.commands.init\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job of a shell inherits it ignored
         "sdclr.commands.init.init = lambda *a: os.kill(os.getpid(), signal.SIGINT) or [None for _ in iter(int, 1)]\n"
         "sys.argv = ['sdclr', 'init']\n"
         "from sdclr.cli import main\n"

@@ -32,7 +32,8 @@ from sdclr.lr.schedule import exponential_ramp, linear_ramp
 from sdclr.report import console, figures, page
 
 if TYPE_CHECKING:
-    from sdclr.engine.arms import Bench, Measured
+    from sdclr.engine.arms import Measured
+    from sdclr.engine.pool import Pool
 
 SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
@@ -60,17 +61,16 @@ def range_test(
     inputs = read_inputs(loaded)
     folder = RunFolder(config.folder)
     with folder.locked("range-test"):
-        from sdclr.engine.arms import Bench
+        from sdclr.engine.pool import make_pool
         from sdclr.engine.run import Run
         from sdclr.engine.signals import StopRequest
 
         console.table(describe(config, inputs, None), title=f"range test of {config.run.name}")
         run = Run(config, inputs)
-        assert run.held_out is not None  # read_inputs saw to it
         minutes = max_minutes or config.range_test.max_minutes
         deadline = time.monotonic() + 60 * minutes if minutes else None
         with StopRequest() as stop, console.progress("range test", total=None) as bar:
-            bench = Bench(run, run.held_out, config, folder.range_test / "arms", deadline, stop, bar.advance)
+            bench = make_pool(run, loaded, folder.range_test / "arms", deadline, stop, bar.advance)
             if legacy:
                 console.result(legacy_ramp(bench, legacy))
                 return
@@ -98,7 +98,7 @@ class Findings:
     stopped: bool = False
 
 
-def measure(bench: Bench, settings: RangeTestSection) -> Findings:
+def measure(bench: Pool, settings: RangeTestSection) -> Findings:
     """Screen, reference, anchor, arms."""
     from sdclr.engine.arms import OutOfTime
 
@@ -119,7 +119,7 @@ def measure(bench: Bench, settings: RangeTestSection) -> Findings:
     return found
 
 
-def screen(bench: Bench, base: np.ndarray, settings: RangeTestSection) -> tuple[float, float]:
+def screen(bench: Pool, base: np.ndarray, settings: RangeTestSection) -> tuple[float, float]:
     """The rate at which a fast ramp breaks the model, and the exposure at which the ramp's loss was lowest.
 
     The reference is placed from both: a tenth of the first, or lower where the second asks for finer steps.
@@ -142,7 +142,7 @@ def screen(bench: Bench, base: np.ndarray, settings: RangeTestSection) -> tuple[
     return float(ramp.rates[-1]), lowest
 
 
-def reference(bench: Bench, lr: float) -> Measured:
+def reference(bench: Pool, lr: float) -> Measured:
     """The slow arm that the others are compared with, run until its loss has passed its minimum."""
 
     def past_minimum(arm: Measured) -> bool:
@@ -154,7 +154,7 @@ def reference(bench: Bench, lr: float) -> Measured:
     return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, 1.3))
 
 
-def _anchor(bench: Bench, found: Findings, target: float, settings: RangeTestSection) -> None:
+def _anchor(bench: Pool, found: Findings, target: float, settings: RangeTestSection) -> None:
     """If a slower arm is surely better than the reference, the reference was itself too high: a lower one takes its place."""
     assert found.base is not None and found.reference is not None
     nearby = found.reference.exposure[: len(CLOSING_SHARES)][
@@ -175,7 +175,7 @@ def _anchor(bench: Bench, found: Findings, target: float, settings: RangeTestSec
         found.arms.append(slow)
 
 
-def _descend(bench: Bench, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
+def _descend(bench: Pool, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
     """Arms from the top of the grid down; two admissible ones in a row end it."""
     assert found.base is not None and found.reference is not None
     factor = 10 ** (1 / settings.arms_per_decade)
@@ -193,10 +193,17 @@ def _descend(bench: Bench, found: Findings, top: float, target: float, settings:
         lr /= factor
 
 
-def _arm(bench: Bench, lr: float, target: float) -> Measured:
+def _arm(bench: Pool, lr: float, target: float) -> Measured:
     """A constant-rate arm to the exposure `target`, measured along its way and closely at its end."""
     last = max(1, math.ceil(target / lr - 1e-9))
-    return bench.constant(lr, last, {max(1, round(share * last)) for share in CLOSING_SHARES})
+    points = {max(1, round(share * last)) for share in CLOSING_SHARES}
+    return bench.arm(
+        f"arm-{lr:.3e}-{last}",
+        lr,
+        lambda step: lr,
+        lambda a: a.steps[-1] >= last,
+        lambda step, s: step in points or step >= last,
+    )
 
 
 def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
@@ -212,7 +219,7 @@ def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
     return due
 
 
-def legacy_ramp(bench: Bench, kind: str, steps: int = 200) -> str:
+def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
     """The field's single ramp: where its loss was lowest and the S* that this stands for; it cannot show a bound."""
     top, _ = screen(bench, bench.base(), bench.config.range_test)
     low, steps = top / 1000, min(steps, bench.config.range_test.max_steps)
@@ -234,7 +241,7 @@ def legacy_ramp(bench: Bench, kind: str, steps: int = 200) -> str:
 # The result ---------------------------------------------------------------------------------------------------------------
 
 
-def as_result(found: Findings, bench: Bench, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """result.json: the analysis of whatever was measured."""
     settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
@@ -297,7 +304,7 @@ def _arm_record(verdict: ArmVerdict, arms: Sequence[Measured]) -> dict[str, Any]
     }
 
 
-def _write_report(folder: RunFolder, bench: Bench, result: dict[str, Any], config: RunConfig) -> None:
+def _write_report(folder: RunFolder, bench: Pool, result: dict[str, Any], config: RunConfig) -> None:
     curves = [
         (a.lr, a.exposure, a.losses.mean(axis=2)) for a in bench.finished.values() if a.name not in ("base", "screen")
     ]

@@ -18,7 +18,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from sdclr.config.schema import RunConfig, Span, show_span
+from sdclr.config.kinds import Span, show_span
+from sdclr.config.schema import RunConfig
 from sdclr.errors import ConfigError
 
 MAX_BYTES, MAX_DEPTH, MAX_NODES = 1_000_000, 20, 20_000

@@ -99,13 +99,6 @@ class Bench:
                 self._save(self.finished[name])
         return self.finished[name]
 
-    def constant(self, lr: float, last: int, points: set[int]) -> Measured:
-        """An arm of `last` steps at one rate, measured after the steps in `points` and at its end."""
-        name = f"arm-{lr:.3e}-{last}"
-        return self.arm(
-            name, lr, lambda step: lr, lambda a: a.steps[-1] >= last, lambda step, s: step in points or step >= last
-        )
-
     def _run(
         self,
         name: str,
@@ -166,7 +159,9 @@ class Bench:
     def _key(self) -> str:
         """What a stored arm must agree in to be used again."""
         prints = fingerprint(self.config, self.run.inputs)
-        return key_of(json.dumps([prints, self.draws.keys, self.config.run.seed, self.draws.per_image], sort_keys=True))
+        return key_of(
+            json.dumps([prints, self.draws.keys, self.run.inputs.batches.seed, self.draws.per_image], sort_keys=True)
+        )
 
     def _load(self, name: str) -> Measured | None:
         try:

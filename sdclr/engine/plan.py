@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sdclr.config.schema import CYCLIC, MAX_STEPS, RunConfig, Span
+from sdclr.config.kinds import MAX_STEPS, Span
+from sdclr.config.schema import CYCLIC, RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches

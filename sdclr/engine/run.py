@@ -6,6 +6,7 @@ another having been asked before.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,13 +53,10 @@ class Run:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self.parts = components.load(config.model)
-        self.seed = config.run.seed
-        encoder = _Encoder(config, self.parts, self.device, progress or (lambda what, total: lambda: None))
-        self.train = encoder.encode(inputs.split.train, views(config.data.crop, config.data.crops, config.data.flip))
-        held = inputs.split.validation
-        self.held_out = encoder.encode(held, [View()]) if held else None
-        # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
-        self.stabilised = encoder.encode(inputs.split.train[: len(held)], [View()]) if held else None
+        encoder = self._encoder = _Encoder(
+            config, self.parts, self.device, progress or (lambda what, total: lambda: None)
+        )
+        self._encode()
         self.empty_tokens = components.tokenize(self.parts, [""])
         self.empty_context = None if encoder.trains_text else encoder.contexts([""])
         self.parts.vae.to("cpu")
@@ -72,6 +70,22 @@ class Run:
         if "text_encoder" not in self.modules:
             self.parts.text_encoder.to("cpu")
 
+    def on(self, inputs: Inputs) -> Run:
+        """The same model and caches on another split, or another stream of samples; both runs share one set of weights."""
+        other = copy.copy(self)
+        other.inputs = inputs
+        if inputs.split != self.inputs.split:
+            other._encode()
+            self.parts.vae.to("cpu")
+        return other
+
+    def _encode(self) -> None:
+        data, held = self.config.data, self.inputs.split.validation
+        self.train = self._encoder.encode(self.inputs.split.train, views(data.crop, data.crops, data.flip))
+        self.held_out = self._encoder.encode(held, [View()]) if held else None
+        # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
+        self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
+
     # Training ---------------------------------------------------------------------------------------------------------------
 
     def fresh_state(self) -> TrainState:
@@ -82,11 +96,11 @@ class Run:
 
     def loss(self, samples: Sequence[Sample]) -> torch.Tensor:
         """Mean training loss of some samples; every draw derives from the seed and the sample's position."""
-        config, shape = self.config, self.train.mean.shape[2:]
+        config, seed, shape = self.config, self.inputs.batches.seed, self.train.mean.shape[2:]
         steps = self.parts.noise_scheduler.config.num_train_timesteps
         index = torch.tensor([s.index for s in samples])
         view = torch.tensor([s.view for s in samples])
-        generators = [generator(self.seed, "sample", s.position) for s in samples]
+        generators = [generator(seed, "sample", s.position) for s in samples]
         timesteps = torch.cat([torch.randint(steps, (1,), generator=g) for g in generators])
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         spread = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -110,7 +124,11 @@ class Run:
         keys = [pair.key for pair in encoded.pairs]
         total = self.parts.noise_scheduler.config.num_train_timesteps
         return fixed_draws(
-            keys, per_image or self.config.validation.timesteps_per_image, encoded.mean.shape[2:], total, self.seed
+            keys,
+            per_image or self.config.validation.timesteps_per_image,
+            encoded.mean.shape[2:],
+            total,
+            self.config.run.seed,
         )
 
     def losses(self, encoded: Encoded, draws: Draws) -> np.ndarray:

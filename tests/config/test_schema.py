@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from sdclr.config.schema import CYCLIC, RunConfig, ScheduleSection, Section, Span, parse_span, show_span
+from sdclr.config.kinds import Section, Span, parse_span, show_span
+from sdclr.config.schema import CYCLIC, RunConfig, ScheduleSection
 
 REQUIRED = {"run": {"name": "a"}, "model": {"base": "m"}, "data": {"images": "i"}}
 

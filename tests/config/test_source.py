@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdclr.commands.init import commented
-from sdclr.config.schema import RunConfig, Span
+from sdclr.config.kinds import Span
+from sdclr.config.schema import RunConfig
 from sdclr.config.source import dump, dump_value, load, scalar
 from sdclr.errors import ConfigError
 

@@ -402,12 +402,15 @@ class Lab:
                 part.load_state_dict(weights[name])
             return parts
 
-        components.load = loaded
-        figures.training = lambda *arguments: b"curves"
-        figures.range_test = lambda *arguments: b"curves"
-        console.quiet, quiet = True, console.quiet
-        train(self.config)
-        console.quiet = quiet
+        self.stand_ins: list[tuple[Any, str, Any]] = [
+            (components, "load", loaded),
+            (figures, "training", lambda *arguments: b"curves"),
+            (figures, "range_test", lambda *arguments: b"curves"),
+        ]
+        with pytest.MonkeyPatch.context() as patch:
+            for place in (*self.stand_ins, (console, "quiet", True)):
+                patch.setattr(*place)
+            train(self.config)
 
     def reset(self, kept: Path | None = None) -> None:
         """An empty run folder with a warm cache, or the state kept earlier."""

@@ -179,7 +179,7 @@ def _same(text: Any, held: Any) -> bool:
             return False
     if text.strip() == held or str(Path(text)) == held:
         return True
-    from sdclr.config.schema import parse_span
+    from sdclr.config.kinds import parse_span
 
     with contextlib.suppress(Exception):
         return bool(parse_span(text) == parse_span(held))
