@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo measure bench-range-test study test test-fullsize test-faults check format clean
+.PHONY: install demo measure bench-range-test study test test-fullsize test-faults check audit format clean
 
 install: $(VENV)/installed
 
@@ -41,6 +41,11 @@ test-fullsize: install  ## one training step of the true SD 1.5 shape, on the CP
 
 test-faults: install  ## every kill, corruption, full disk and hostile input, with the figures
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults -m faults -s
+
+audit: install  ## known vulnerabilities of the pinned dependencies (asks PyPI)
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -94,6 +94,9 @@ def range_test(
     max_minutes: Annotated[
         Optional[float], typer.Option(help="stop after this long; finished arms are kept and never run again")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="say at length what was measured and why the answer is what it is")
+    ] = False,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -102,10 +105,12 @@ def range_test(
         raise typer.BadParameter("name the run's YAML file, or curves with --from", param_hint="CONFIG")
     if config is None and set_:
         raise typer.BadParameter("overrides a config, and none is named", param_hint="--set")
-    if from_ and (legacy or max_minutes):
+    if from_ and (legacy or max_minutes or explain):
         raise typer.BadParameter(
-            "trains nothing, so it goes with neither --legacy nor --max-minutes", param_hint="--from"
+            "trains nothing, so it goes with none of --legacy, --max-minutes and --explain", param_hint="--from"
         )
+    if legacy and explain:
+        raise typer.BadParameter("explains a range test, and --legacy runs none", param_hint="--explain")
     _begin(config, set_, quiet)
     if from_:
         from sdclr.commands.range_test_from import range_test_from
@@ -114,7 +119,7 @@ def range_test(
     assert config is not None
     from sdclr.commands.range_test import range_test as command
 
-    command(config, set_, legacy=legacy, max_minutes=max_minutes, as_json=json_)
+    command(config, set_, legacy=legacy, max_minutes=max_minutes, as_json=json_, at_length=explain)
 
 
 @app.command()

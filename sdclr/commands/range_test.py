@@ -29,7 +29,7 @@ from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_expos
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
-from sdclr.report import console, figures, page
+from sdclr.report import console, explain, figures, page
 
 if TYPE_CHECKING:
     from sdclr.engine.arms import Measured
@@ -49,6 +49,7 @@ def range_test(
     legacy: str | None = None,
     max_minutes: float | None = None,
     as_json: bool = False,
+    at_length: bool = False,
 ) -> None:
     """Run the command. Raises Inconclusive (exit 3), after reporting, when the data cannot say."""
     if legacy not in (None, "linear", "exponential"):
@@ -79,6 +80,8 @@ def range_test(
         write_json(folder.range_test / "result.json", result)
         _write_report(folder, bench, result, config)
     _print(result, as_json, folder)
+    if at_length:
+        console.paragraphs(explain.range_test(result))
     if stop.requested:
         raise stop.interrupted(
             "the range test reported what its finished arms support", f"sdclr range-test {config_path}"

@@ -69,6 +69,13 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
     wide.print(grid)
 
 
+def paragraphs(text: Iterable[tuple[str, str]]) -> None:
+    """Titles and text to read at length, to stderr; whoever asks for it gets it, quiet or not."""
+    wide = Console(stderr=True, highlight=False, width=min(100, console.width if console.is_terminal else 100))
+    for title, paragraph in text:
+        wide.print(f"\n[bold]{escape(title)}[/]\n{escape(paragraph)}")
+
+
 @contextmanager
 def progress(what: str, total: int | None, done: int = 0) -> Iterator[Bar]:
     """A progress bar with time left and a line of numbers."""

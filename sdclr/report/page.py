@@ -8,6 +8,8 @@ from typing import Any
 
 from jinja2 import Environment
 
+from sdclr.report import explain
+
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>
@@ -50,6 +52,9 @@ def range_test(name: str, result: dict[str, Any], picture: bytes) -> str:
         sections.append({"title": "What follows for a run", "code": snippet(result)})
     text = "Excess: how much worse a rate is than the slow reference after the same exposure, as a share of the gain."
     sections.append({"title": "Arms", "text": text, "header": ARM_HEADER, "rows": arm_rows(result)})
+    sections += [
+        {"title": title, "text": text} for title, text in explain.range_test(result) if "no answer" not in title
+    ]
     text = f"{cost['train_steps']} train steps, {cost['validation_forwards']} validation forwards, {cost['seconds']:.0f} seconds"
     sections.append({"title": "Cost", "text": text})
     return render(f"Range test of {name}", range_test_in_words(result), sections)
