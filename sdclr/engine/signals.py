@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from sdclr.engine.processes import Processes
 from sdclr.errors import Interrupted
 
 
@@ -26,6 +27,11 @@ class StopRequest:
     def __exit__(self, *exc: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def heard_by_any(self, processes: Processes) -> bool:
+        """Whether to stop now: told alike to all processes, whichever heard the signal; all must ask after the same step."""
+        self.requested = processes.agree(self.requested)
+        return bool(self.requested)
 
     def interrupted(self, message: str, hint: str | None = None) -> Interrupted:
         """The error that ends the program with 128 + the signal's number."""
