@@ -80,7 +80,11 @@ def difference(one: Path, other: Path, part: str = "final") -> float:
     for module, name in WEIGHTS.items():
         ours, theirs = (load_file(run / part / module / name) for run in (one, other))
         assert ours.keys() == theirs.keys()
-        found += [float((tensor - theirs[key]).norm() / tensor.norm()) for key, tensor in ours.items() if not key.endswith("k_proj.bias")]
+        found += [
+            float((tensor - theirs[key]).norm() / tensor.norm())
+            for key, tensor in ours.items()
+            if not key.endswith("k_proj.bias")
+        ]
     return max(found)
 
 
@@ -110,9 +114,9 @@ def test_two_processes_train_the_weights_of_one(finished, model):
 
 
 def test_two_processes_log_what_one_logs(finished):
-    ours, theirs = ([json.loads(line) for line in open(finished[n][0] / "metrics.jsonl")] for n in (1, 2))
-    assert len(ours) == len(theirs) == 1 + 8 + 5
-    for one, two in zip(ours[1:], theirs[1:], strict=True):
+    ours, theirs = (metrics.read(finished[n][0] / "metrics.jsonl") for n in (1, 2))
+    assert len(ours) == len(theirs) == 8 + 5
+    for one, two in zip(ours, theirs, strict=True):
         assert (one["kind"], one["step"], one.get("lr"), one["exposure"]) == (
             two["kind"], two["step"], two.get("lr"), two["exposure"],
         )  # fmt: skip
@@ -182,12 +186,14 @@ def test_a_run_goes_on_with_another_number_of_processes(finished, write, train, 
     assert [r["loss"] for r in looks(run)] == pytest.approx([r["loss"] for r in looks(finished[1][0])], rel=1e-6)
 
 
-def test_the_range_test_in_two_processes_measures_what_one_measures(write, tmp_path):
+def test_the_range_test_in_two_processes_measures_what_one_measures(model, pictures, tmp_path):
+    short = """range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}
+validation: {fraction: 0.3, timesteps_per_image: 4}"""
     found = {}
     for count in (1, 2):
         folder = tmp_path / str(count)
         folder.mkdir()
-        path = write(folder, "range_test: {max_steps: 12, arms_per_decade: 2, lr: [1e-4, 1e-2]}")
+        path = write_config(folder / "run.yaml", model, pictures, folder / "runs", short)
         ended = launch(count, command("range-test", path, "--json"), folder / "said")
         assert ended.codes in ((0,) * count, (3,) * count), ended.err
         kept = folder / "runs" / "tiny" / "range-test"
@@ -207,7 +213,7 @@ def test_the_range_test_in_two_processes_measures_what_one_measures(write, tmp_p
             theirs[name]["key"], theirs[name]["rates"], theirs[name]["diverged"],
         )  # fmt: skip
         assert torch.tensor(arm["losses"]).flatten().tolist() == pytest.approx(
-            torch.tensor(theirs[name]["losses"]).flatten().tolist(), rel=1e-4
+            torch.tensor(theirs[name]["losses"]).flatten().tolist(), rel=1e-5
         )
 
 
@@ -235,7 +241,7 @@ def test_a_folder_in_use_is_refused_once(write, train, tmp_path):
 def test_a_wrong_command_line_is_refused_once(tmp_path):
     ended = launch(2, command("train", "--resum"), tmp_path)
     assert ended.codes == (2, 2)
-    assert said_once(ended, "--resum")
+    assert said_once(ended, "No such option: --resum")
 
 
 def test_a_disk_that_refuses_the_last_save_ends_both_with_one_message(write, train, tmp_path, monkeypatch):
@@ -278,7 +284,7 @@ def test_a_bug_in_one_process_shows_one_traceback_and_ends_both(write, train, tm
     ended = train(2, write(tmp_path))
     assert all(ended.codes)
     assert ended.err.count("Traceback") == 1
-    assert ended.err.count("in the second process alone") == 1
+    assert ended.err.count("ZeroDivisionError: in the second process alone") == 1
     assert "error:" not in ended.err
 
 
@@ -331,7 +337,14 @@ def test_ctrl_c_at_a_true_launcher_reaches_all_and_saves(write, tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("sample",), ("compare",), ("check",), ("init", "--stdout"), ("train", "--dry-run"), ("range-test", "--from=x.csv")],
+    [
+        ("sample",),
+        ("compare",),
+        ("check",),
+        ("init", "--stdout"),
+        ("train", "--dry-run"),
+        ("range-test", "--from=x.csv"),
+    ],
 )
 def test_what_one_process_does_is_refused_once_in_several(write, tmp_path, arguments):
     name, *options = arguments
