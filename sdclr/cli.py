@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -11,7 +12,11 @@ import typer
 from typer.core import TyperGroup
 
 from sdclr import __version__
+from sdclr.engine import processes
 from sdclr.errors import SdclrError
+
+TOGETHER = ("range-test", "train")
+"""The commands that several processes can do together; every other one would write the same files twice."""
 
 
 class _Boundary(TyperGroup):
@@ -19,7 +24,9 @@ class _Boundary(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            processes.leave()
+            return result
         except SdclrError as problem:
             _end(problem, problem.exit_code)
         except KeyboardInterrupt:
@@ -28,13 +35,32 @@ class _Boundary(TyperGroup):
             # Nobody reads on: give Python's last flush somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except Exception as problem:
+            if processes.count() == 1 or isinstance(problem, (typer.Exit, typer.Abort)):
+                raise
+            _end_together(problem)
 
 
 def _end(problem: SdclrError, code: int) -> NoReturn:
     from sdclr.report import console
 
-    console.error(problem)
+    with processes.telling() as ours:
+        if ours:
+            console.error(problem)
     sys.exit(code)
+
+
+def _end_together(problem: Exception) -> NoReturn:
+    """A wrong command line, the loss of another process, or a bug: told once, though several processes meet it."""
+    if hasattr(problem, "format_message"):
+        _end(SdclrError(problem.format_message()), 2)
+    lost = processes.loss_of_another(problem)
+    if lost:
+        _end(lost, lost.exit_code)
+    with processes.telling() as ours:
+        if ours:
+            traceback.print_exception(problem)
+    sys.exit(1)
 
 
 app = typer.Typer(
@@ -65,10 +91,13 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _main(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version and exit")
     ] = False,
-) -> None: ...
+) -> None:
+    if ctx.invoked_subcommand not in TOGETHER:
+        processes.refuse_several(f"sdclr {ctx.invoked_subcommand}")
 
 
 @app.command("range-test")
@@ -113,6 +142,7 @@ def range_test(
         raise typer.BadParameter("explains a range test, and --legacy runs none", param_hint="--explain")
     _begin(config, set_, quiet)
     if from_:
+        processes.refuse_several("sdclr range-test --from")
         from sdclr.commands.range_test_from import range_test_from
 
         return range_test_from(from_, config, set_, as_json=json_)
@@ -134,6 +164,7 @@ def train(
     """Fine-tune with a cyclical learning rate, watching the held-out images."""
     _begin(config, set_, quiet)
     if dry_run:
+        processes.refuse_several("sdclr train --dry-run")
         from sdclr.commands.check import check as plan_only
 
         return plan_only(config, set_, need_plan=True)

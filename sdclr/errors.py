@@ -5,7 +5,9 @@ Exit codes: 0 done, 1 the run failed, 2 the config or the input is wrong, 3 inco
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Sequence
+from typing import Any
 
 
 class SdclrError(Exception):
@@ -16,6 +18,10 @@ class SdclrError(Exception):
     def __init__(self, message: str, hint: str | None = None):
         super().__init__(message)
         self.message, self.hint = message, hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What one process met can be raised in another, whatever a kind of error is made from."""
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class InputError(SdclrError):

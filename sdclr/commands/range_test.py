@@ -22,6 +22,7 @@ import numpy as np
 
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
+from sdclr.engine import processes
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
@@ -59,9 +60,10 @@ def range_test(
     if config.validation.fraction == 0:
         why = "is 0, and a range test measures held-out images; set 0.2 for the test (train may use 0)"
         raise ConfigError([loaded.problem("validation.fraction", why)])
-    inputs = read_inputs(loaded)
+    together = processes.join()
+    inputs = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(config.folder)
-    with folder.locked("range-test"):
+    with together.held_by_main(folder.locked("range-test")):
         from sdclr.engine.pool import make_pool
         from sdclr.engine.run import Run
         from sdclr.engine.signals import StopRequest
@@ -77,12 +79,11 @@ def range_test(
                 return
             findings = measure(bench, config.range_test)
         result = as_result(findings, bench, config, inputs)
-        write_json(folder.range_test / "result.json", result)
-        _write_report(folder, bench, result, config)
+        together.on_main(lambda: _write(folder, bench, result, config))
     _print(result, as_json, folder)
     if at_length:
         console.paragraphs(explain.range_test(result))
-    if stop.requested:
+    if stop.heard_by_any(together):
         raise stop.interrupted(
             "the range test reported what its finished arms support", f"sdclr range-test {config_path}"
         )
@@ -307,7 +308,9 @@ def _arm_record(verdict: ArmVerdict, arms: Sequence[Measured]) -> dict[str, Any]
     }
 
 
-def _write_report(folder: RunFolder, bench: Pool, result: dict[str, Any], config: RunConfig) -> None:
+def _write(folder: RunFolder, bench: Pool, result: dict[str, Any], config: RunConfig) -> None:
+    """result.json, and the picture and the page if there is a curve to show."""
+    write_json(folder.range_test / "result.json", result)
     curves = [
         (a.lr, a.exposure, a.losses.mean(axis=2)) for a in bench.finished.values() if a.name not in ("base", "screen")
     ]

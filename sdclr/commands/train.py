@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sdclr.config import source
 from sdclr.config.kinds import Span
 from sdclr.config.schema import RunConfig
+from sdclr.engine import processes
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
@@ -36,11 +37,12 @@ def train(
             hint=f"sdclr train {config_path} --resume --checkpoint {checkpoint}",
         )
     loaded = source.load(config_path, overrides)
-    inputs = read_inputs(loaded)
+    together = processes.join()
+    inputs = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(loaded.config.folder)
-    with folder.locked("train"):
-        plan = make_plan(loaded, inputs)
-        config = resolved(loaded.config, plan)
+
+    def opened() -> Checkpoint | None:
+        """Where the run goes on from, once everything that speaks against starting it has been looked for."""
         start = _resume_point(folder, checkpoint, config_path) if resume else None
         if start:
             _refuse_other_mathematics(folder, config, plan, start, overrides)
@@ -48,6 +50,12 @@ def train(
         else:
             _refuse_to_overwrite(folder, config_path)
         write_text(folder.config, source.dump(config))
+        return start
+
+    with together.held_by_main(folder.locked("train")):
+        plan = make_plan(loaded, inputs)
+        config = resolved(loaded.config, plan)
+        start = together.on_main(opened)
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
         session = Session(config, plan, folder, inputs)
         session.train(start, config_path)
@@ -76,13 +84,15 @@ class Session:
 
         self.config, self.plan, self.folder = config, plan, folder
         self.run = Run(config, inputs)
+        self.processes = self.run.processes
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
         self.fingerprint = fingerprint(config, inputs)
         self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
         held_out, stabilised = self.run.held_out, self.run.stabilised
-        self.watch = Watch(self.run, held_out, stabilised, config.checkpoint.best) if held_out and stabilised else None
-        self.log: metrics.MetricsLog
+        keep_best = config.checkpoint.best and self.processes.main
+        self.watch = Watch(self.run, held_out, stabilised, keep_best) if held_out and stabilised else None
+        self.log: metrics.MetricsLog = metrics.Unwritten()
 
     # The story ----------------------------------------------------------------------------------------------------------------
 
@@ -113,11 +123,11 @@ class Session:
                     trough, last = result.step in self.troughs, result.step == plan.steps
                     if result.step % plan.validate_every == 0 or trough or last:
                         self._look()
-                    early, asked = self._should_stop_early(), bool(stop.requested)
+                    early, asked = self._should_stop_early(), stop.heard_by_any(self.processes)
                     if last or early or asked:
-                        self._save_all()
+                        self.processes.on_main(self._save_all)
                     elif result.step % self.save_every == 0 or trough:
-                        self._try_to(self._save_all)
+                        self.processes.on_main(lambda: self._try_to(self._save_all))
                     bar.advance(self._numbers(result.lr, result.loss))
                     if asked and not last:
                         raise stop.interrupted(
@@ -141,6 +151,9 @@ class Session:
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }
         averaged = self._save_average() if self.config.checkpoint.average else ""
+        self.processes.on_main(lambda: self._write_up(trained, averaged))
+
+    def _write_up(self, trained: dict[str, dict[str, Any]], averaged: str) -> None:
         records = metrics.complete(metrics.read(self.folder.metrics))
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(
@@ -166,30 +179,40 @@ class Session:
     # Beginning, going on ----------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
-        self.log = self._open_log(None)
+        self.processes.on_main(self._clear)
         self._look()
 
+    def _clear(self) -> None:
+        shutil.rmtree(self.folder.checkpoints, ignore_errors=True)
+        self.log = self._open_log(None)
+
     def _restore(self, checkpoint: Checkpoint) -> None:
-        from sdclr.engine.checkpoint import best_beside, discard_after, restore
+        from sdclr.engine.checkpoint import best_beside, restore
         from sdclr.model.components import read_trained
 
-        best, problems = best_beside(checkpoint)
+        best, problems = self.processes.on_main(lambda: best_beside(checkpoint))
         info = restore(checkpoint, self.state, self.run.modules)
         if self.watch:
-            kept = read_trained(best.path, self.config.model.train) if best and not problems else None
+            wanted = best and not problems and self.watch.keep_best
+            kept = read_trained(best.path, self.config.model.train) if best and wanted else None
             self.watch.restore(info["watch"], kept)
             if problems:
                 self.watch.forget_best()
                 console.warn(f"{'; '.join(problems)}: the best state is looked for anew from step {self.state.step} on")
+        self.processes.on_main(lambda: self._take_up(info.get("metrics")))
+        console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
+
+    def _take_up(self, digest: str | None) -> None:
+        """Leave of the folder what the resumed state counts on; `digest` is of the curves up to it."""
+        from sdclr.engine.checkpoint import discard_after
+
         discard_after(self.folder.checkpoints, self.state.step)
         self.log = self._open_log(self.state.step)
-        if self.log.digest != info.get("metrics"):
+        if self.log.digest != digest:
             console.warn(
                 f"{self.folder.metrics}: lines before step {self.state.step} are missing or altered; curves and report are of the rest"
             )
         self._try_to(self._settle)
-        console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
         board = self.folder.path / "tensorboard" if self.config.run.tensorboard else None
@@ -272,9 +295,8 @@ class Session:
             self.run.modules[name].load_state_dict(weights)
         loss = self.watch.measure() if self.watch else None
         info = {**self._info(mean.exposure, loss), "averaged": list(mean.steps)}
-        save_model(
-            self.folder.checkpoints, AVERAGE, mean.steps[-1], mean.exposure, self.run.modules, mean.weights, info
-        )
+        at, modules = (mean.steps[-1], mean.exposure), self.run.modules
+        self.processes.on_main(lambda: save_model(self.folder.checkpoints, AVERAGE, *at, modules, mean.weights, info))
         words = f"The average of {len(mean.steps)} troughs is kept" + (f": held-out loss {loss:.4f}." if loss else ".")
         console.say(words)
         return words

@@ -181,10 +181,10 @@ class LossSection(Section):
 
 
 class BatchSection(Section):
-    """How many pictures one optimizer step sees: size × accumulate × processes."""
+    """How many pictures one optimizer step sees: size × accumulate, on however many processes."""
 
     size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        4, description="pictures in one forward-backward, on one process"
+        4, description="pictures in one forward-backward; several processes share them evenly"
     )
     accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="forward-backwards in one optimizer step")
 

@@ -1,7 +1,8 @@
 """Which picture, seen how, at which place of the run: a function of the seed and the sample's position.
 
 A run is one endless stream of samples, epoch after epoch, each epoch a fresh permutation; a step takes the next
-size × accumulate × processes of them. An epoch need not be a whole number of steps, and no picture is ever dropped or doubled.
+size × accumulate of them, however many processes share the work. An epoch need not be a whole number of steps, and no picture is
+ever dropped or doubled.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The stream, cut into optimizer steps and micro-batches; `rank` of `processes` takes its share of each micro-batch."""
+    """The stream, cut into optimizer steps and micro-batches of `size`; `rank` of `processes` takes its equal share of each."""
 
     seed: int
     images: int
@@ -39,7 +40,7 @@ class Batches:
 
     @property
     def samples_per_step(self) -> int:
-        return self.size * self.accumulate * self.processes
+        return self.size * self.accumulate
 
     @property
     def steps_per_epoch(self) -> float:
@@ -49,9 +50,9 @@ class Batches:
     def __call__(self, step: int) -> list[list[Sample]]:
         """This process's micro-batches of one optimizer step (0-based)."""
         first = step * self.samples_per_step
-        micro = self.size * self.processes
+        share = self.size // self.processes
         return [
-            [self.sample(first + m * micro + self.rank * self.size + i) for i in range(self.size)]
+            [self.sample(first + m * self.size + self.rank * share + i) for i in range(share)]
             for m in range(self.accumulate)
         ]  # fmt: skip
 

@@ -93,10 +93,14 @@ class Bench:
         A finished arm is read from disk instead. Raises OutOfTime between measurements.
         """
         if name not in self.finished:
-            stored = self._load(name)
-            self.finished[name] = stored or self._run(name, lr, lr_at, enough, due)
-            if stored is None:
-                self._save(self.finished[name])
+            arm = self.run.processes.on_main(lambda: self._load(name))
+            if arm:
+                self.train_steps += len(arm.rates)
+                self.forwards += arm.losses.size
+            else:
+                arm = ran = self._run(name, lr, lr_at, enough, due)
+                self.run.processes.on_main(lambda: self._save(ran))
+            self.finished[name] = arm
         return self.finished[name]
 
     def _run(
@@ -153,7 +157,9 @@ class Bench:
         return self.run.losses(self.held_out, self.draws)
 
     def _pause(self) -> None:
-        if (self.deadline and time.monotonic() > self.deadline) or (self.stop and self.stop.requested):
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        asked = self.stop is not None and self.stop.heard_by_any(self.run.processes)
+        if self.run.processes.agree(late) or asked:
             raise OutOfTime
 
     def _key(self) -> str:
@@ -172,8 +178,6 @@ class Bench:
             return None
         arrays = {k: np.array(stored[k], dtype=float) for k in ("steps", "exposure", "losses", "rates")}
         arrays["losses"] = arrays["losses"].reshape(-1, len(self.draws.keys), self.draws.per_image)
-        self.train_steps += len(arrays["rates"])
-        self.forwards += arrays["losses"].size
         return Measured(stored["name"], stored["lr"], diverged=stored["diverged"], **arrays)
 
     def _save(self, arm: Measured) -> None:

@@ -64,7 +64,9 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
     found = pairs_.find(config.data.images, config.data.caption)
     split = pairs_.split(found, config.validation.fraction, config.run.seed, fold)
     problems = []
-    need = config.batch.size * processes
+    need = config.batch.size
+    if need % processes:
+        problems.append(loaded.problem("batch.size", _uneven(need, processes)))
     if len(split.train) < need:
         held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
         place = "batch.size" if not split.validation or len(found) < need else "validation.fraction"
@@ -248,6 +250,12 @@ def _peak_end(schedule: Schedule) -> str:
         f"ends near its peak: {schedule.steps} steps are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:g} that start {schedule.start}, "
         f"and the last step would be at {schedule(schedule.steps - 1):.3g} of {schedule.max_lr:.3g}; give it {whole}"
     )
+
+
+def _uneven(size: int, processes: int) -> str:
+    below = size - size % processes
+    fitting = f"{below} or {below + processes}" if below else f"{processes}"
+    return f"is {size}, which {processes} processes cannot share evenly; take {fitting}, or another number of processes"
 
 
 def _refuse_leaks(split: Split) -> None:

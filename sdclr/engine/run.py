@@ -22,8 +22,9 @@ from sdclr.data.dataset import View, pixels, views
 from sdclr.data.pairs import Pair, printable
 from sdclr.engine.loop import TrainState
 from sdclr.engine.plan import Inputs
+from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
-from sdclr.errors import DataError
+from sdclr.errors import DataError, InputError
 from sdclr.model import components
 from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
 from sdclr.seeding import generator
@@ -52,13 +53,16 @@ class Run:
         self.config, self.inputs = config, inputs
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
+        self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
         encoder = self._encoder = _Encoder(
             config, self.parts, self.device, progress or (lambda what, total: lambda: None)
         )
         self._encode()
+        with self.accelerator.main_process_first():
+            self.empty_context = None if encoder.trains_text else encoder.contexts([""])
         self.empty_tokens = components.tokenize(self.parts, [""])
-        self.empty_context = None if encoder.trains_text else encoder.contexts([""])
         self.parts.vae.to("cpu")
         components.prepare_for_training(self.parts, config.model, self.device)
         self.modules = self.parts.trainable(config.model.train)
@@ -81,10 +85,11 @@ class Run:
 
     def _encode(self) -> None:
         data, held = self.config.data, self.inputs.split.validation
-        self.train = self._encoder.encode(self.inputs.split.train, views(data.crop, data.crops, data.flip))
-        self.held_out = self._encoder.encode(held, [View()]) if held else None
-        # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
-        self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
+        with self.accelerator.main_process_first():  # the others find everything in the cache
+            self.train = self._encoder.encode(self.inputs.split.train, views(data.crop, data.crops, data.flip))
+            self.held_out = self._encoder.encode(held, [View()]) if held else None
+            # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
+            self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
 
     # Training ---------------------------------------------------------------------------------------------------------------
 
@@ -144,8 +149,9 @@ class Run:
 
     @property
     def validation_batch(self) -> int:
-        """Draws in one validation forward: no gradients are kept, so several training batches fit."""
-        return max(8, 4 * self.config.batch.size)
+        """Draws in one validation forward: the same at any number of processes, for sums depend on their company, and few, so
+        that there are enough of them to share out."""
+        return max(8, self.config.batch.size)
 
     # Parts ------------------------------------------------------------------------------------------------------------------
 
@@ -183,7 +189,14 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     from accelerate.state import PartialState
 
     device = PartialState().device
-    return Accelerator(mixed_precision=components.mixed_precision(config.model.precision, device))
+    accelerator = Accelerator(mixed_precision=components.mixed_precision(config.model.precision, device))
+    kind = accelerator.distributed_type.name
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise InputError(
+            f"accelerate is set up for {kind}, and sdclr trains whole models side by side (data parallel) only",
+            hint="start it without: torchrun --nproc-per-node 2 -m sdclr ..., or accelerate launch --multi_gpu --num_processes 2 -m sdclr ...",
+        )
+    return accelerator
 
 
 class _Encoder:

@@ -7,6 +7,7 @@ import threading
 from types import FrameType
 from typing import Any
 
+from sdclr.engine import processes
 from sdclr.errors import Interrupted
 
 
@@ -26,6 +27,14 @@ class StopRequest:
     def __exit__(self, *exc: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if exc[1] and self._before and processes.count() > 1:
+            # The launcher ends what is left when one process has failed; this one is ending, and has yet to tell why.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def heard_by_any(self, together: processes.Processes) -> bool:
+        """Whether to stop now: told alike to all processes, whichever heard the signal; all must ask after the same step."""
+        self.requested = together.agree(self.requested)
+        return bool(self.requested)
 
     def interrupted(self, message: str, hint: str | None = None) -> Interrupted:
         """The error that ends the program with 128 + the signal's number."""

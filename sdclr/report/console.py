@@ -19,23 +19,28 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True, highlight=False)
 quiet = False
+muted = False
+"""True in all but one of several processes that work together: nothing is shown, save why the program ends."""
 LOG_WIDTH = 160
 """Columns of a table that goes into a file or a pipe."""
 
 
 def say(text: str = "", style: str | None = None) -> None:
     """A line of talk, to stderr."""
-    if not quiet:
+    if not (quiet or muted):
         console.print(escape(text), style=style)
 
 
 def warn(text: str) -> None:
     """Something the user should know, though the work goes on."""
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    if not muted:
+        console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def result(text: str) -> None:
     """A result, to stdout, as it is."""
+    if muted:
+        return
     sys.stdout.write(text if text.endswith("\n") else text + "\n")
     sys.stdout.flush()
 
@@ -51,7 +56,7 @@ def error(problem: SdclrError) -> None:
 
 def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str | None = None) -> None:
     """A small table, to stderr; the first column names, the others are numbers or words. No cell is cut: a narrow terminal folds it."""
-    if quiet:
+    if quiet or muted:
         return
     grid = Table(
         *(Column(head, overflow="fold") for head in header),
@@ -83,7 +88,7 @@ def progress(what: str, total: int | None, done: int = 0) -> Iterator[Bar]:
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=console, disable=quiet, transient=False) as bar:
+    with Progress(*columns, console=console, disable=quiet or muted, transient=False) as bar:
         yield Bar(bar, bar.add_task(what, total=total, completed=done, numbers=""))
 
 

@@ -41,9 +41,10 @@ def test_micro_batches_add_up_to_the_same_samples(size: int, accumulate: int) ->
 def test_ranks_share_out_each_micro_batch_of_the_one_stream(
     size: int, accumulate: int, processes: int, step: int
 ) -> None:
-    ranks = [Batches(3, 11, 2, size, accumulate, 0.5, rank, processes)(step) for rank in range(processes)]
+    whole = size * processes
+    ranks = [Batches(3, 11, 2, whole, accumulate, 0.5, rank, processes)(step) for rank in range(processes)]
     together = [sample for micro in range(accumulate) for rank in ranks for sample in rank[micro]]
-    assert together == stream(Batches(3, 11, 2, size * processes * accumulate, 1, 0.5), step + 1)[-len(together) :]
+    assert together == Batches(3, 11, 2, whole * accumulate, 1, 0.5)(step)[0]
     assert all(len(micro) == size for rank in ranks for micro in rank)
 
 
@@ -81,7 +82,7 @@ def test_every_view_is_drawn_about_equally_often() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "accumulate", "processes", "steps"), [(4, 1, 1, 4.0), (4, 2, 1, 2.0), (2, 2, 2, 2.0), (5, 1, 1, 3.2)]
+    ("size", "accumulate", "processes", "steps"), [(4, 1, 1, 4.0), (4, 2, 1, 2.0), (4, 2, 2, 2.0), (5, 1, 1, 3.2)]
 )
 def test_steps_per_epoch_may_be_fractional(size: int, accumulate: int, processes: int, steps: float) -> None:
     assert Batches(1, 16, 1, size, accumulate, processes=processes).steps_per_epoch == steps

@@ -256,8 +256,21 @@ def test_a_batch_larger_than_the_training_images_is_refused_at_its_cause(write: 
         found
         == "c.yaml:7:14: validation.fraction leaves 16 images to train on, and a batch needs 18; 4 of 20 are held out"
     )
-    loaded = write(batch="{size: 9}")
+    loaded = write(batch="{size: 18}")
     assert "a batch needs 18" in problem(lambda: read_inputs(loaded, processes=2))
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "fitting"), [(6, 4, "4 or 8"), (7, 2, "6 or 8"), (1, 2, "2"), (3, 8, "8")]
+)
+def test_a_batch_that_processes_cannot_share_evenly_is_refused_at_its_cause(
+    write: Write, size: int, processes: int, fitting: str
+) -> None:
+    found = problem(lambda: read_inputs(write(batch=f"{{size: {size}}}"), 0, processes))
+    assert found == (
+        f"c.yaml:4:9: batch.size is {size}, which {processes} processes cannot share evenly; "
+        f"take {fitting}, or another number of processes"
+    )
 
 
 def test_a_share_too_small_to_hold_one_image_out_is_refused(write: Write) -> None:
@@ -283,7 +296,7 @@ def test_the_same_picture_twice_in_one_half_is_allowed(write: Write) -> None:
 
 
 def test_processes_share_one_stream(write: Write) -> None:
-    loaded = write(batch="{size: 2, accumulate: 2}")
+    loaded = write(batch="{size: 4, accumulate: 2}")
     inputs = [read_inputs(loaded, rank, 2) for rank in range(2)]
     assert [i.steps_per_epoch for i in inputs] == [2.0, 2.0]
     seen = [s.index for step in range(2) for i in inputs for micro in i.batches(step) for s in micro]
