@@ -67,7 +67,7 @@ class Scale:
 
     seeds: tuple[int, ...] = (1, 2, 3)
     folds: tuple[int, ...] = (0, 1, 2)
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)
+    factors: tuple[float, ...] = (1.0, 2.0, 0.5)
     cycles: tuple[int, ...] = (1, 2, 4, 8, 25)
     sizes: tuple[int, ...] = (64,)
     size_sets: tuple[int, ...] = (0, 1, 2)
@@ -238,16 +238,14 @@ def schedules(exposure: float, mean_rate: float, cycles: Sequence[int]) -> dict[
 
 
 def schedule_jobs(study: Study) -> list[Job]:
-    return [("schedules", pair) for pair in itertools.product(study.scale.seeds, study.scale.folds)]
+    return [("schedules", job) for job in itertools.product(study.scale.factors, study.scale.seeds, study.scale.folds)]
 
 
-def schedule_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
-    """All schedules at all rates for one seed and split."""
+def schedule_job(study: Study, factor: float, seed: int, fold: int) -> list[dict[str, Any]]:
+    """All schedules at one rate for one seed and split."""
     loaded = source.load(DEMO, study.settings(seed))
     bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"schedules-{seed}-{fold}")
-    return _compare(
-        study, bench, study.best_exposure, study.scale.factors, study.scale.cycles, {"seed": seed, "fold": fold}
-    )
+    return _compare(study, bench, study.best_exposure, (factor,), study.scale.cycles, {"seed": seed, "fold": fold})
 
 
 def size_jobs(study: Study) -> list[Job]:
