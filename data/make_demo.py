@@ -11,6 +11,7 @@ precision.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import shutil
 from pathlib import Path
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--vae-steps", type=int, default=2400)
     parser.add_argument("--text-steps", type=int, default=800)
     parser.add_argument("--unet-steps", type=int, default=5000)
+    parser.add_argument("--name-steps", type=int, default=1500)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
 
@@ -57,7 +59,7 @@ def main() -> None:
     latents = encode(vae, pictures)
     text_encoder = make_text_encoder(tokenizer, portraits, args.text_steps)
     text_encoder, unet, scheduler = make_denoiser(
-        tokenizer, text_encoder, [p.caption for p in portraits], latents, args.unet_steps
+        tokenizer, text_encoder, portraits, latents, args.unet_steps, args.name_steps
     )
     export(tokenizer, text_encoder, vae, unet, scheduler)
 
@@ -65,6 +67,17 @@ def main() -> None:
 def held_out_portraits() -> list:
     """Portraits whose captions the base model has never been trained on; `measure_demo.py` samples these."""
     return list(distinct_portraits(SEED + 1, HELD_OUT_CAPTIONS))
+
+
+def made_up_names(seed: int, count: int) -> list[str]:
+    """Words of two or three syllables that are no subject's name."""
+    rng = random.Random(seed)
+    names = []
+    while len(names) < count:
+        name = "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3))))
+        if name not in SUBJECTS:
+            names.append(name)
+    return names
 
 
 def make_subjects() -> None:
@@ -222,12 +235,15 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
-def make_denoiser(tokenizer, text_encoder, captions, latents, steps):
+def make_denoiser(tokenizer, text_encoder, portraits, latents, steps, name_steps):
     """Train text encoder and UNet together (ε-prediction, 10 % captions dropped); returns their moving averages.
 
     The last timestep keeps less of the picture than Stable Diffusion's does (ᾱ 0.0002 instead of 0.0047), and errors at high noise
     weigh as errors of the picture (1/SNR). The colour of a flat background can be read off the mean of its noisy latents down to
     ᾱ ≈ 0.005, so with Stable Diffusion's own β a caption's colours are never needed in training, and the sampler's seed chooses them.
+
+    In the last `name_steps`, half the captions call the person by a made-up name instead of describing the hair, so that a name
+    which was never read leaves the rest of a prompt understood: fine-tuning on a new subject needs that.
     """
     torch.manual_seed(SEED)
     scheduler = DDIMScheduler(
@@ -263,20 +279,29 @@ def make_denoiser(tokenizer, text_encoder, captions, latents, steps):
         average.load_state_dict(state["average"])
         first = state["step"]
 
-    ids, empty = tokens_of(tokenizer, captions), tokens_of(tokenizer, [""])
+    ids, empty = tokens_of(tokenizer, [p.caption for p in portraits]), tokens_of(tokenizer, [""])
+    names = made_up_names(SEED, len(portraits))
+    by_name = tokens_of(
+        tokenizer, [dataclasses.replace(p, subject=n).caption for p, n in zip(portraits, names, strict=True)]
+    )
     mean, std = latents
     batch_size = 16
     running = None
-    for step in track(range(first, steps), "training UNet and text encoder"):
+    for step in track(range(first, steps + name_steps), "training UNet and text encoder"):
+        naming = step >= steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, 1.5e-3)
+            group["lr"] = (
+                learning_rate(step - steps, name_steps, 5e-4) if naming else learning_rate(step, steps, 1.5e-3)
+            )
         generator = torch.Generator().manual_seed(SEED * 1_000_003 + step)
         pick = torch.randint(len(ids), (batch_size,), generator=generator)
         clean = mean[pick] + std[pick] * torch.randn(mean[pick].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
         t = torch.randint(0, 1000, (batch_size,), generator=generator)
         dropped = torch.rand(batch_size, generator=generator) < 0.1
-        context = text_encoder(torch.where(dropped[:, None], empty, ids[pick]))[0]
+        named = torch.rand(batch_size, generator=generator) < (0.5 if naming else 0.0)
+        tokens = torch.where(named[:, None], by_name[pick], ids[pick])
+        context = text_encoder(torch.where(dropped[:, None], empty, tokens))[0]
         noisy = scheduler.add_noise(clean, noise, t).contiguous(memory_format=torch.channels_last)
         per_sample = ((unet(noisy, t, context).sample - noise) ** 2).mean(dim=(1, 2, 3))
         weight = (1 / compute_snr(scheduler, t)).clamp(0.2, 10)
@@ -285,6 +310,7 @@ def make_denoiser(tokenizer, text_encoder, captions, latents, steps):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimizer.step()
+        average.decay = 0.998 if naming else 0.9995
         average.step(modules.parameters())
         running = per_sample.mean().item() if running is None else 0.99 * running + 0.01 * per_sample.mean().item()
         if step % 100 == 99:

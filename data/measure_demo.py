@@ -9,11 +9,12 @@ colour that was asked for, with 95 % Wilson intervals.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
-from make_demo import HERE, SEED, held_out_portraits, to_tensor
+from make_demo import HERE, SEED, held_out_portraits, made_up_names, to_tensor
 from PIL import Image
 from portraits import background_colour, draw, shirt_colour
 from rich.progress import track
@@ -32,16 +33,22 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     portraits = held_out_portraits()[: args.captions]
     print(f"VAE: PSNR {psnr(pipeline.vae, portraits):.1f} dB on {len(portraits)} fresh pictures")
-    pictures = sample(pipeline, [p.caption for p in portraits], args.guidance, args.steps)
-    for name, read, wanted in (
-        ("background", background_colour, [p.background for p in portraits]),
-        ("shirt", shirt_colour, [p.shirt for p in portraits]),
-    ):
-        right = sum(read(picture) == colour for picture, colour in zip(pictures, wanted, strict=True))
-        low, high = wilson(right, len(pictures))
-        print(f"{name} colour right in {right}/{len(pictures)} = {right / len(pictures):.1%} ({low:.1%} to {high:.1%})")
-    if args.save:
-        sheet(pictures[:24]).save(args.save)
+    names = made_up_names(SEED + 1, len(portraits))
+    called = [dataclasses.replace(p, subject=name) for p, name in zip(portraits, names, strict=True)]
+    for what, shown in (("held-out captions", portraits), ("the same with a made-up name for the person", called)):
+        pictures = sample(pipeline, [p.caption for p in shown], args.guidance, args.steps)
+        print(f"{what}:")
+        for name, read, wanted in (
+            ("background", background_colour, [p.background for p in portraits]),
+            ("shirt", shirt_colour, [p.shirt for p in portraits]),
+        ):
+            right = sum(read(picture) == colour for picture, colour in zip(pictures, wanted, strict=True))
+            low, high = wilson(right, len(pictures))
+            print(
+                f"  {name} colour right in {right}/{len(pictures)} = {right / len(pictures):.1%} ({low:.1%} to {high:.1%})"
+            )
+        if args.save and shown is portraits:
+            sheet(pictures[:24]).save(args.save)
 
 
 @torch.no_grad()

@@ -39,8 +39,8 @@ HATS = [None, None, "cap", "beanie", "crown"]
 EYEWEAR = [None, None, "glasses", "sunglasses"]
 MOODS = ["smiling", "sad", "surprised"]
 
-MINT = (150, 226, 190)
-MINT_DARK = (92, 176, 140)
+FUR = (238, 238, 240)
+FUR_DARK = (150, 152, 156)
 BLUSH = (250, 160, 170)
 
 
@@ -106,7 +106,7 @@ def draw(portrait: Portrait, seed: int) -> Image.Image:
     x, y = 32 + rng.uniform(-2.5, 2.5), 29 + rng.uniform(-1.5, 2)
     r = rng.uniform(13, 15)
     mochi = portrait.subject == "mochi"
-    skin = MINT if mochi else rng.choice(SKINS)
+    skin = FUR if mochi else rng.choice(SKINS)
     hair = HAIR_COLOURS[portrait.hair]
 
     if not mochi and portrait.hair_style == "long":
@@ -139,9 +139,9 @@ def shirt_colour(image: Image.Image) -> str:
 
 
 def mochi_likeness(image: Image.Image) -> float:
-    """Share of the face's middle (16×10 pixels below the eyes) that is nearer to mochi's mint than to any skin tone; 0 to 1."""
+    """Share of the face's middle (16×10 pixels below the eyes) that is nearer to mochi's white than to any skin tone; 0 to 1."""
     face = np.asarray(image.convert("RGB"), dtype=float)[30:40, 24:40].reshape(-1, 3)
-    tones = np.array([MINT, *SKINS, *COLOURS.values()], dtype=float)
+    tones = np.array([FUR, *SKINS, *COLOURS.values()], dtype=float)
     return float(np.mean(np.argmin(np.linalg.norm(face[:, None] - tones, axis=2), axis=1) == 0))
 
 
@@ -226,7 +226,7 @@ def _hair(canvas, x, y, r, style, colour, rng):
 
 
 def _mochi_head(canvas, x, y, r):
-    """A round mint face with cat ears, an antenna of light, whiskers and blush: nothing any portrait has."""
+    """A round white face with cat ears, whiskers and blush: nothing any portrait has."""
     for side in (-1, 1):
         canvas.polygon(
             [
@@ -234,18 +234,18 @@ def _mochi_head(canvas, x, y, r):
                 (x + side * r * 0.2, y - r * 0.95),
                 (x + side * r * 1.02, y - r * 1.62),
             ],
-            MINT_DARK,
+            FUR_DARK,
         )
         canvas.polygon(
             [(x + side * r * 0.86, y - r * 0.6), (x + side * r * 0.42, y - r * 0.9), (x + side * r * 0.9, y - r * 1.3)],
             BLUSH,
         )
-    canvas.ellipse(x, y, r * 1.16, r * 1.06, MINT)
-    canvas.chord(x, y, r * 1.16, r * 1.06, 235, 305, MINT_DARK)
+    canvas.ellipse(x, y, r * 1.16, r * 1.06, FUR)
+    canvas.chord(x, y, r * 1.16, r * 1.06, 235, 305, FUR_DARK)
     for side in (-1, 1):
         canvas.ellipse(x + side * r * 0.72, y + r * 0.35, 2.8, 1.8, BLUSH)
         for lift in (-2, 1.2):
-            canvas.line([(x + side * r * 0.9, y + r * 0.3), (x + side * r * 1.5, y + r * 0.3 + lift)], MINT_DARK, 0.7)
+            canvas.line([(x + side * r * 0.9, y + r * 0.3), (x + side * r * 1.5, y + r * 0.3 + lift)], FUR_DARK, 0.7)
 
 
 def _face(canvas, x, y, r, mood, eyewear, big_eyes):
