@@ -30,7 +30,7 @@ TELLING = datetime.timedelta(seconds=10)
 def count() -> int:
     """How many processes were started together, by the environment alone: known before torch is imported."""
     given = [os.environ.get(name, "") for name in COUNTS]
-    return max(1, *(int(value) for value in given if value.isdigit()), 1)
+    return max([1, *(int(value) for value in given if value.isdigit())])
 
 
 def refuse_several(what: str) -> None:
@@ -152,7 +152,7 @@ def loss_of_another(problem: Exception) -> SdclrError | None:
     """What a failed exchange between processes means: one of them has died. None for every other exception."""
     from torch.distributed import DistError
 
-    if not isinstance(problem, DistError) and "gloo" not in str(problem):
+    if not isinstance(problem, DistError) and "gloo/transport" not in str(problem):
         return None
     return SdclrError(
         "another process of this run has ended without a word: it was killed, or its machine has no memory left",

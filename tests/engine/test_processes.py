@@ -366,6 +366,17 @@ def test_processes_that_do_not_find_one_another_are_refused(tmp_path, monkeypatc
     assert launch(2, work, tmp_path).codes == (0, 0)
 
 
+def test_ways_of_sharing_that_would_split_the_model_are_refused(write, tmp_path, monkeypatch):
+    from accelerate.utils import DistributedType
+
+    from sdclr.config import source
+    from sdclr.engine import run
+
+    monkeypatch.setattr(run.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(InputError, match="set up for FSDP"):
+        run.make_accelerator(source.load(write(tmp_path)).config)
+
+
 # The parts ------------------------------------------------------------------------------------------------------------------------
 
 
