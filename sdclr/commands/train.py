@@ -13,7 +13,7 @@ from sdclr.config.schema import RunConfig, Span
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
-from sdclr.report import console, figures, metrics, page
+from sdclr.report import console, metrics
 
 if TYPE_CHECKING:
     from sdclr.engine.checkpoint import Checkpoint
@@ -74,7 +74,7 @@ class Session:
         from sdclr.engine.watch import Watch
 
         self.config, self.plan, self.folder = config, plan, folder
-        self.run = Run(config, inputs)
+        self.run = Run(config, inputs, keep_base=False)
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
         self.fingerprint = fingerprint(config, inputs)
@@ -136,6 +136,8 @@ class Session:
 
     def finish(self) -> None:
         """Keep the average of the troughs, write the CSV and the report, export the best and the final model as diffusers folders."""
+        from sdclr.report import figures, page  # now, not earlier: 30 MB that training has no use for
+
         trained = {
             name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
         }

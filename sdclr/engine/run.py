@@ -46,8 +46,13 @@ class Run:
     """One run's parts, ready to train; weights are the untouched base's until a state is trained."""
 
     def __init__(
-        self, config: RunConfig, inputs: Inputs, progress: Callable[[str, int], Callable[[], None]] | None = None
+        self,
+        config: RunConfig,
+        inputs: Inputs,
+        progress: Callable[[str, int], Callable[[], None]] | None = None,
+        keep_base: bool = True,
     ):
+        """Without `keep_base` no copy of the untouched weights is kept, and only one state can be had."""
         self.config, self.inputs = config, inputs
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -65,8 +70,11 @@ class Run:
         components.prepare_for_training(self.parts, config.model, self.device)
         self.modules = self.parts.trainable(config.model.train)
         self._base = {
-            name: {k: v.detach().clone() for k, v in m.state_dict().items()} for name, m in self.modules.items()
+            name: {k: v.detach().clone() for k, v in m.state_dict().items()}
+            for name, m in self.modules.items()
+            if keep_base
         }
+        self._untouched = True
         prepared = self.accelerator.prepare(*self.modules.values())
         self.wrapped = dict(zip(self.modules, prepared if len(self.modules) > 1 else [prepared], strict=True))
         if "text_encoder" not in self.modules:
@@ -76,8 +84,10 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The untouched base weights and a new optimizer."""
-        for name, module in self.modules.items():
-            module.load_state_dict(self._base[name])
+        assert self._base or self._untouched, "a second state needs keep_base"
+        self._untouched = False
+        for name, weights in self._base.items():
+            self.modules[name].load_state_dict(weights)
         return TrainState(self.wrapped, self._new_optimizer())
 
     def loss(self, samples: Sequence[Sample]) -> torch.Tensor:
