@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdclr.config import source
 from sdclr.config.schema import RunConfig, Span
+from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
@@ -34,7 +35,7 @@ def train(
             "--checkpoint says where to go on from; it needs --resume",
             hint=f"sdclr train {config_path} --resume --checkpoint {checkpoint}",
         )
-    loaded = source.load(config_path, overrides)
+    loaded = settle_batch(source.load(config_path, overrides), resume)
     inputs = read_inputs(loaded)
     folder = RunFolder(loaded.config.folder)
     with folder.locked("train"):
@@ -48,6 +49,7 @@ def train(
             _refuse_to_overwrite(folder, config_path)
         write_text(folder.config, source.dump(config))
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
+        say_memory(config, inputs)
         session = Session(config, plan, folder, inputs)
         session.train(start, config_path)
         session.finish()

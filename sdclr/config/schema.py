@@ -260,8 +260,8 @@ class LossSection(Section):
 class BatchSection(Section):
     """How many pictures one optimizer step sees: size × accumulate × processes."""
 
-    size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        4, description="pictures in one forward-backward, on one process"
+    size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        4, description="pictures in one forward-backward, on one process; auto: as many as fit in memory"
     )
     accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="forward-backwards in one optimizer step")
 

@@ -63,7 +63,8 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
     found = pairs_.find(config.data.images, config.data.caption)
     split = pairs_.split(found, config.validation.fraction, config.run.seed, fold)
     problems = []
-    need = config.batch.size * processes
+    size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
+    need = size * processes
     if len(split.train) < need:
         held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
         place = "batch.size" if not split.validation or len(found) < need else "validation.fraction"
@@ -81,7 +82,7 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
     _refuse_leaks(split)
     batches = Batches(
         seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
-        size=config.batch.size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
+        size=size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
         rank=rank, processes=processes,
     )  # fmt: skip
     return Inputs(split, batches)

@@ -139,8 +139,8 @@ class Run:
 
     @property
     def validation_batch(self) -> int:
-        """Draws in one validation forward: no gradients are kept, so several training batches fit."""
-        return max(8, 4 * self.config.batch.size)
+        """Draws in one validation forward."""
+        return validation_batch(self.inputs.batches.size)
 
     # Parts ------------------------------------------------------------------------------------------------------------------
 
@@ -173,6 +173,16 @@ class Run:
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler is not None else optimizer
 
 
+def validation_batch(size: int) -> int:
+    """Draws in one validation forward: no gradients are kept, so several training batches fit."""
+    return max(8, 4 * size)
+
+
+def pictures_together(resolution: int) -> int:
+    """Pictures in one pass of the VAE: small ones go faster in company, large ones do not."""
+    return max(1, min(8, 8 * 64**2 // resolution**2))
+
+
 def make_accelerator(config: RunConfig) -> Accelerator:
     """accelerate's device and processes, in the config's precision."""
     from accelerate.state import PartialState
@@ -188,6 +198,7 @@ class _Encoder:
         self.config, self.parts, self.device, self.progress = config, parts, device, progress
         self.trains_text = "text_encoder" in config.model.train
         self.cache = TensorCache(config.run.output_dir / ".cache")
+        self.together = pictures_together(config.data.resolution)
         self.vae_hash = weights_hash(parts.vae.named_parameters())
         self.text_hash = weights_hash(parts.text_encoder.named_parameters())
 
@@ -243,11 +254,6 @@ class _Encoder:
     def _found(self, keys: dict[str, str]) -> dict[str, dict[str, torch.Tensor]]:
         """Those of the named entries that the cache has."""
         return {name: entry for name, key in keys.items() if (entry := self.cache.get(key)) is not None}
-
-    @property
-    def together(self) -> int:
-        """Pictures in one pass of the VAE: small ones go faster in company, large ones do not."""
-        return max(1, min(8, 8 * 64**2 // self.config.data.resolution**2))
 
     def _encode_together(self, pictures: list[torch.Tensor]) -> list[dict[str, torch.Tensor]]:
         """Latents of up to `together` pictures. A smaller group is filled up with copies: the last bits of a picture's latents

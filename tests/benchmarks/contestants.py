@@ -106,8 +106,8 @@ def write_config(args: argparse.Namespace) -> Path:
         f"run: {{name: bench-{args.batch}, output_dir: '{args.work / 'runs'}'}}\n"
         f"model: {{base: '{args.model}'}}\n"
         f"data: {{images: '{args.images}', resolution: {args.resolution}, flip: true}}\n"
-        f"validation: {{fraction: 0.2, every: {FOREVER}, timesteps_per_image: 16}}\n"
-        f"batch: {{size: {args.batch}}}\n"
+        f"validation: {{fraction: 0.2, every: {FOREVER}, timesteps_per_image: {args.draws}}}\n"
+        f"batch: {{size: {args.batch}}}\ncheckpoint: {{best: false}}\n"
         f"schedule: {{policy: constant, max_lr: 1e-6}}\ntrain: {{steps: {FOREVER}}}\n"
     )
     return path
@@ -293,6 +293,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--vae-factor", type=int, required=True)
+    parser.add_argument("--draws", type=int, default=16, help="sdclr's validation draws of an image")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

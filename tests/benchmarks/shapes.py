@@ -17,8 +17,8 @@ CROSS, PLAIN = "CrossAttnDownBlock2D", "DownBlock2D"
 UP_CROSS, UP = "CrossAttnUpBlock2D", "UpBlock2D"
 
 SHAPES: dict[str, dict[str, dict[str, Any]]] = {
-    "middle": {  # 128 million parameters in the UNet
-        "unet": {"block_out_channels": (160, 320, 480), "layers_per_block": 1, "cross_attention_dim": 256, "attention_head_dim": 8,
+    "middle": {  # 125 million parameters in the UNet
+        "unet": {"block_out_channels": (224, 448, 768), "layers_per_block": 1, "cross_attention_dim": 256, "attention_head_dim": 8,
                  "down_block_types": (CROSS, CROSS, PLAIN), "up_block_types": (UP, UP_CROSS, UP_CROSS), "sample_size": 32},
         "vae": {"block_out_channels": (32, 64, 64, 64), "layers_per_block": 1},
         "text": {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -51,6 +51,6 @@ def _make(shape: dict[str, dict[str, Any]], folder: Path) -> None:
     vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, latent_channels=4, **shape["vae"])  # fmt: skip
     StableDiffusionPipeline(
         vae=vae, text_encoder=CLIPTextModel(CLIPTextConfig(max_position_embeddings=77, **text, **ends)), tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**shape["unet"]), scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        unet=UNet2DConditionModel(**shape["unet"]), scheduler=DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(folder, safe_serialization=True)  # fmt: skip

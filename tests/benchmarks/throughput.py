@@ -5,6 +5,7 @@
     python tests/benchmarks/throughput.py --full-size             # one step of the true SD 1.5 shape at 256 pixels (20 GiB)
     python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
+    python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB)
     make bench
 
 Contestants take turns in short rounds, each in a process of its own, so that whatever else the machine does falls on all of them;
@@ -50,7 +51,7 @@ class Setting:
 class Contestant:
     """A contestant's process."""
 
-    def __init__(self, kind: str, setting: Setting, batch: int, work: Path):
+    def __init__(self, kind: str, setting: Setting, batch: int, work: Path, *more: str):
         folder = work / f"{kind}-{batch}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -59,7 +60,7 @@ class Contestant:
             command += [f"--{name.replace('_', '-')}", str(getattr(setting, name))]
         self.kind, self.noise = kind, folder / "stderr"
         self.process = subprocess.Popen(
-            [*command, "--batch", str(batch), "--work", str(folder)],
+            [*command, "--batch", str(batch), "--work", str(folder), *more],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.noise.open("w"), text=True,
             cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         )  # fmt: skip
@@ -242,6 +243,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few and short rounds: numbers of no worth")
     parser.add_argument("--full-size", action="store_true", help="the true SD 1.5 shape, one step at 256 pixels")
     parser.add_argument("--caches", action="store_true", help="instead: how long many pictures take to be read")
+    parser.add_argument("--memory", action="store_true", help="instead: memory as foretold and as used")
     parser.add_argument("--pictures", type=int, default=10_000, help="with --caches")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
@@ -253,6 +255,12 @@ def main() -> None:
 
         result = {"machine": machine(args.device), **caches.measure(args.work, 500 if args.quick else args.pictures)}
         text, name = caches.markdown(result), "caches"
+    elif args.memory:
+        import foretold
+
+        cases = foretold.measure(args.work, args.quick)
+        result = {"machine": machine(args.device), "cases": cases}
+        text, name = foretold.markdown(result), "memory"
     else:
         setting = setting_of(args)
         result = {"machine": machine(args.device), "batches": {}}
