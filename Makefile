@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: install demo measure bench-range-test study test test-fullsize test-faults check audit format clean
+.PHONY: install demo measure bench bench-range-test study test test-fullsize test-faults check audit format clean
 
 install: $(VENV)/installed
 
@@ -21,6 +21,9 @@ demo: install  ## range-test, train and sample on the embedded model and images
 
 measure: install  ## how good the embedded model is: VAE PSNR, obedience to held-out captions
 	$(BIN)/python data/measure_demo.py
+
+bench: install  ## sdclr train beside the bare floor and diffusers' script: a quarter of an hour on an idle machine (BENCH='--quick' for minutes)
+	$(BIN)/python tests/benchmarks/throughput.py $(BENCH)
 
 bench-range-test: install  ## the range test against brute force, on every case: hours (BENCH='--quick' for minutes); goes on where it stopped
 	$(BIN)/python tests/benchmarks/range_test_accuracy.py --work build/bench-range-test $(BENCH)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config import source
+from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.plan import describe, make_plan, read_inputs
 from sdclr.errors import ConfigError, InputError
 from sdclr.report import console
@@ -13,7 +14,7 @@ from sdclr.report import console
 
 def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = False) -> None:
     """Print the plan, or every problem. With `need_plan` a missing range test is an error, else only said."""
-    loaded = source.load(config_path, overrides)
+    loaded = settle_batch(source.load(config_path, overrides))
     inputs = read_inputs(loaded)
     plan, missing = None, None
     try:
@@ -26,6 +27,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
         ):
             raise
         missing = problem
+    say_memory(loaded.config, inputs)
     if not need_plan:
         _check_pictures_and_model(loaded, inputs)
     console.table(describe(loaded.config, inputs, plan), title=f"plan of {loaded.config.run.name}")

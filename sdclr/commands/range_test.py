@@ -23,6 +23,7 @@ import numpy as np
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
+from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
@@ -55,7 +56,7 @@ def range_test(
     """Run the command. Raises Inconclusive (exit 3), after reporting, when the data cannot say."""
     if legacy not in (None, "linear", "exponential"):
         raise InputError(f"--legacy must be linear or exponential; got {legacy!r}")
-    loaded = source.load(config_path, overrides)
+    loaded = settle_batch(source.load(config_path, overrides))
     config = loaded.config
     if config.validation.fraction == 0:
         why = "is 0, and a range test measures held-out images; set 0.2 for the test (train may use 0)"
@@ -69,6 +70,8 @@ def range_test(
         from sdclr.engine.signals import StopRequest
 
         console.table(describe(config, inputs, None), title=f"range test of {config.run.name}")
+        together.on_main(lambda: write_text(folder.range_test / "config.yaml", source.dump(config)))
+        say_memory(config, inputs, keeps_base=True)
         run = Run(config, inputs)
         minutes = max_minutes or config.range_test.max_minutes
         deadline = time.monotonic() + 60 * minutes if minutes else None

@@ -20,6 +20,7 @@ from sdclr.config import source
 from sdclr.config.schema import RangeTestSection
 from sdclr.data import curves as curves_
 from sdclr.data.curves import Curves
+from sdclr.engine.fit import settle_batch
 from sdclr.engine.folder import SCHEMA
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import DataError, Inconclusive
@@ -43,7 +44,7 @@ def range_test_from(
     result = as_result(curves, settings)
     if loaded and result["verdict"] == "conclusive":
         values = result["ceiling"]["lr"], result["best_exposure"]["value"]
-        result["recommended"] = recommend(loaded.config, read_inputs(loaded), *values)
+        result["recommended"] = recommend(loaded.config, read_inputs(settle_batch(loaded)), *values)
     _print(result, as_json)
     if result["verdict"] != "conclusive":
         texts = "; ".join(reason["text"] for reason in result["reasons"])

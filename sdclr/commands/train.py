@@ -12,10 +12,11 @@ from sdclr.config import source
 from sdclr.config.kinds import Span
 from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
+from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import CheckpointError, DivergenceError, InputError, SdclrError, StorageError
-from sdclr.report import console, figures, metrics, page
+from sdclr.report import console, metrics
 
 if TYPE_CHECKING:
     from sdclr.engine.checkpoint import Checkpoint
@@ -36,7 +37,7 @@ def train(
             "--checkpoint says where to go on from; it needs --resume",
             hint=f"sdclr train {config_path} --resume --checkpoint {checkpoint}",
         )
-    loaded = source.load(config_path, overrides)
+    loaded = settle_batch(source.load(config_path, overrides), resume)
     together = processes.join()
     inputs = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(loaded.config.folder)
@@ -57,6 +58,7 @@ def train(
         config = resolved(loaded.config, plan)
         start = together.on_main(opened)
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
+        say_memory(config, inputs)
         session = Session(config, plan, folder, inputs)
         session.train(start, config_path)
         session.finish()
@@ -83,7 +85,7 @@ class Session:
         from sdclr.engine.watch import Watch
 
         self.config, self.plan, self.folder = config, plan, folder
-        self.run = Run(config, inputs)
+        self.run = Run(config, inputs, keep_base=False)
         self.processes = self.run.processes
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
@@ -154,6 +156,8 @@ class Session:
         self.processes.on_main(lambda: self._write_up(trained, averaged))
 
     def _write_up(self, trained: dict[str, dict[str, Any]], averaged: str) -> None:
+        from sdclr.report import figures, page  # now, not earlier: 30 MB that training has no use for
+
         records = metrics.complete(metrics.read(self.folder.metrics))
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
         picture = figures.training(

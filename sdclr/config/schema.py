@@ -183,8 +183,9 @@ class LossSection(Section):
 class BatchSection(Section):
     """How many pictures one optimizer step sees: size × accumulate, on however many processes."""
 
-    size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        4, description="pictures in one forward-backward; several processes share them evenly"
+    size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
+        4,
+        description="pictures in one forward-backward, shared evenly by several processes; auto (one process): as many as fit in memory",
     )
     accumulate: Annotated[int, Field(ge=1, le=4096)] = Field(1, description="forward-backwards in one optimizer step")
 

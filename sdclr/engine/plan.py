@@ -64,14 +64,14 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
     found = pairs_.find(config.data.images, config.data.caption)
     split = pairs_.split(found, config.validation.fraction, config.run.seed, fold)
     problems = []
-    need = config.batch.size
-    if need % processes:
-        problems.append(loaded.problem("batch.size", _uneven(need, processes)))
-    if len(split.train) < need:
+    size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
+    if size % processes:
+        problems.append(loaded.problem("batch.size", _uneven(size, processes)))
+    if len(split.train) < size:
         held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
-        place = "batch.size" if not split.validation or len(found) < need else "validation.fraction"
+        place = "batch.size" if not split.validation or len(found) < size else "validation.fraction"
         problems.append(
-            loaded.problem(place, f"leaves {len(split.train)} images to train on, and a batch needs {need}{held}")
+            loaded.problem(place, f"leaves {len(split.train)} images to train on, and a batch needs {size}{held}")
         )
     if config.validation.fraction > 0 and not split.validation:
         problems.append(
@@ -84,7 +84,7 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
     _refuse_leaks(split)
     batches = Batches(
         seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
-        size=config.batch.size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
+        size=size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
         rank=rank, processes=processes,
     )  # fmt: skip
     return Inputs(split, batches)

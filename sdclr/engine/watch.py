@@ -100,6 +100,7 @@ class Watch:
         self.best, self.since_best = look, 0
         if self.keep_best and look.step:
             # In memory until a checkpoint is due: a falling loss must not write the model at every look.
+            self.best_weights = None  # before the next copy, not after it: two would not fit beside a large model
             self.best_weights = {
                 n: {k: v.detach().cpu().clone() for k, v in m.state_dict().items()} for n, m in self.run.modules.items()
             }

@@ -16,7 +16,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError, SdclrError
@@ -90,6 +90,27 @@ def load(config: ModelSection) -> Components:
         module.requires_grad_(False).eval()
     _check_shapes(config.base, parts)
     return parts
+
+
+def skeleton(config: ModelSection) -> Components:
+    """The modules that `load` would fill, with no weights and no tokenizer: on torch's meta device they take no memory."""
+    check(config)
+    base = config.config or config.base
+    options: dict[str, Any] = {"local_files_only": Path(base).is_dir()}
+    try:
+        with quiet_libraries():
+            unet, vae = (
+                kind.from_config(kind.load_config(base, subfolder=part, **options))
+                for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+            )
+            text = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder", **options)
+            text_encoder = CLIPTextModel(text)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise InputError(f"model {base}: its configs cannot be read: {_first_line(error)}", hint=_MODEL_HINT) from error
+    for module in (unet, vae, text_encoder):
+        module.requires_grad_(False).eval()
+    nothing: Any = None
+    return Components(nothing, text_encoder, vae, unet, nothing, nothing)
 
 
 def check(config: ModelSection) -> None:

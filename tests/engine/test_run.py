@@ -109,7 +109,7 @@ def test_every_trained_parameter_gets_a_gradient(both):
 
 def draws_of(run: Run, sample: Sample, offset: bool = False):
     """The draws of one sample by their names: timestep, noise, spread of the latents, shift."""
-    g, shape = generator(run.seed, "sample", sample.position), run.train.mean.shape[2:]
+    g, shape = generator(run.config.run.seed, "sample", sample.position), run.train.mean.shape[2:]
     t = torch.randint(1000, (1,), generator=g)
     noise, spread = torch.randn(shape, generator=g)[None], torch.randn(shape, generator=g)[None]
     if offset:
@@ -165,27 +165,27 @@ def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_aga
     from PIL import Image
     from tiny import make_pictures
 
-    from sdclr.model import components
+    from sdclr.data.cache import TensorCache
 
     folder = make_pictures(tmp_path / "own", count=5)
     path = config(f"data: {{images: '{folder}', resolution: 32}}")
     encoded = []
-    original = components.encode_pixels
+    original = TensorCache.put
 
-    def counting(vae, pixels):
-        encoded.append(len(pixels))
-        return original(vae, pixels)
+    def counting(cache, key, tensors):
+        encoded.append(key)
+        original(cache, key, tensors)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(components, "encode_pixels", counting)
+        patch.setattr(TensorCache, "put", counting)
         first = build(path)
-        assert sum(encoded) == 5
+        assert len(encoded) == 5 + 5 + 1  # pictures, captions, the empty caption
         again = build(path, "schedule.max_lr=2e-3")
-        assert sum(encoded) == 5
+        assert len(encoded) == 11
         assert torch.equal(first.train.mean, again.train.mean)
         Image.new("RGB", (32, 32), "red").save(folder / "picture-02.png")
         build(path)
-        assert sum(encoded) == 6
+        assert len(encoded) == 12
 
 
 def test_pictures_that_cannot_be_decoded_are_all_named_before_anything_is_trained(tmp_path, config):
@@ -249,3 +249,25 @@ def test_bf16_on_the_cpu_trains_a_step_on_fp32_weights(config):
     after = run.modules["unet"].state_dict()
     assert all(tensor.dtype == torch.float32 for tensor in after.values())
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_what_a_picture_is_encoded_to_does_not_depend_on_which_others_were_missing(config):
+    path = config()
+    whole = build(path)
+    cache = path.parent / "runs" / ".cache"
+    entries = sorted(cache.rglob("*.safetensors"))
+    for some in (entries[::3], entries[1::2], entries[:1]):
+        for entry in some:
+            entry.unlink()
+        again = build(path)
+        for name in ("mean", "std", "context"):
+            assert torch.equal(getattr(whole.train, name), getattr(again.train, name))
+    assert sorted(cache.rglob("*.safetensors")) == entries
+
+
+def test_a_run_that_keeps_no_base_gives_one_state_only(config):
+    loaded = source.load(config())
+    run = Run(loaded.config, read_inputs(loaded), keep_base=False)
+    run.fresh_state()
+    with pytest.raises(AssertionError, match="keep_base"):
+        run.fresh_state()

@@ -1,0 +1,121 @@
+"""Whether a run fits into memory, said before it starts; and the number that `batch.size: auto` stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdclr.config import source
+from sdclr.config.schema import RunConfig
+from sdclr.config.source import LoadedConfig
+from sdclr.data import pairs
+from sdclr.engine.folder import RunFolder
+from sdclr.engine.plan import Inputs
+from sdclr.errors import ConfigError, InputError
+from sdclr.report import console
+
+if TYPE_CHECKING:
+    from sdclr.engine.memory import Needs
+
+SHARE = 0.9
+"""Of the free memory that `batch.size: auto` fills: kernels take some for themselves, and other programs live here too."""
+GIB = 2**30
+
+
+def settle_batch(loaded: LoadedConfig, resume: bool = False) -> LoadedConfig:
+    """`batch.size: auto` as a number: the one this run (or its range test) has begun with, else the largest that fits.
+
+    Raises ConfigError when not even one picture fits, or when several processes would have to agree.
+    """
+    config = loaded.config
+    if config.batch.size != "auto":
+        return loaded
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError([loaded.problem("batch.size", "auto is for one process; with several, name a number")])
+    size, why = _begun_with(config, resume) or _largest(loaded)
+    console.say(f"batch.size: auto is {size} ({why})")
+    return dataclasses.replace(loaded, config=with_size(config, size))
+
+
+def with_size(config: RunConfig, size: int) -> RunConfig:
+    """The config with that batch size."""
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"size": size})})
+
+
+def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> None:
+    """One line: what the run will need, and whether it fits; a warning when it does not."""
+    size, images, held_out = (
+        inputs.batches.size // inputs.batches.processes,
+        len(inputs.split.train),
+        len(inputs.split.validation),
+    )
+    needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
+    need = needs.at(size)
+    what = {**needs.parts, "gradients and activations": needs.working(size)}
+    parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= need / 100)
+    text = f"memory: {_shown(need)} of {_shown(free)} free {where} ({parts})"
+    if need <= free:
+        console.say(text)
+        return
+    smaller = _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
+    ways = [f"batch.size: {smaller}"] if smaller else []
+    if not config.model.gradient_checkpointing:
+        ways.append("model.gradient_checkpointing: true")
+    console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
+
+
+def _largest(loaded: LoadedConfig) -> tuple[int, str]:
+    config = loaded.config
+    found = pairs.split(pairs.find(config.data.images, config.data.caption), config.validation.fraction, config.run.seed)  # fmt: skip
+    images = len(found.train)
+    # The range test keeps a copy of the untouched weights; so that both commands settle on the same number, train reckons with it too.
+    needs, free, where = _needs(with_size(config, 1), images, len(found.validation), keeps_base=True)
+    size = needs.largest(int(SHARE * free), max(1, images))
+    if not size:
+        raise ConfigError(
+            [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, {_shown(free)} are free {where}")],
+            hint="set model.gradient_checkpointing: true, or a smaller data.resolution",
+        )  # fmt: skip
+    limit = "all there are to train on" if size == images else f"{SHARE:.0%} of {_shown(free)} free {where}"
+    return size, limit
+
+
+def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
+    folder = RunFolder(config.folder)
+    if resume:
+        stored = _snapshot(folder.config)
+        return (stored.batch.size, "as the run was started with") if stored and stored.batch.size != "auto" else None
+    stored = _snapshot(folder.range_test / "config.yaml")
+    if stored is None or stored.batch.size == "auto" or _matters(stored) != _matters(config):
+        return None
+    return stored.batch.size, "as its range test was measured with"
+
+
+def _matters(config: RunConfig) -> tuple[object, ...]:
+    """What a batch's memory depends on."""
+    return config.model, config.data, config.optimizer.name, config.validation.fraction
+
+
+def _snapshot(path: Path) -> RunConfig | None:
+    try:
+        return source.load(path).config if path.is_file() else None
+    except InputError:
+        return None
+
+
+def _needs(
+    config: RunConfig, images: int, held_out: int, keeps_base: bool, only: int | None = None
+) -> tuple[Needs, int, str]:
+    from accelerate.state import PartialState
+
+    from sdclr.engine import memory
+
+    device = PartialState().device
+    where = "on the GPU" if device.type == "cuda" else "in RAM"
+    return memory.count(config, images, held_out, device, keeps_base, only), memory.available(device), where
+
+
+def _shown(size: int) -> str:
+    return f"{size / GIB:.2g} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"

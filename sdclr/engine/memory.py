@@ -1,0 +1,286 @@
+"""How much memory a run will need, before it needs it: counted on tensors that have a shape and no bytes.
+
+One training step and one validation forward are run on torch's meta device (with mixed precision on its fake tensors, which follow
+autocast) while every storage's birth and death is noted. What lives at each moment is linear in the batch, so two counted batches
+give the peak of any other. What the libraries' kernels take for themselves is not seen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+import weakref
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sdclr.config.schema import RunConfig
+from sdclr.data.dataset import views
+from sdclr.engine.run import pictures_together, validation_batch
+from sdclr.model import components
+from sdclr.model.objective import squared_error
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """What lives at each moment of some work, in bytes: `fixed` and, for each sample of the batch, `each`."""
+
+    fixed: np.ndarray
+    each: np.ndarray
+
+    def peak(self, batch: int) -> int:
+        """The most that lives at any moment, at some batch size."""
+        return int((self.fixed + self.each * batch).max())
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Bytes that a run needs where it computes; `resident` is there throughout training (weights, optimizer, data, copies)."""
+
+    parts: dict[str, int]
+    training: Moments
+    validation: Moments | None
+    draws: int
+    encoding: int
+
+    @property
+    def resident(self) -> int:
+        return sum(self.parts.values())
+
+    def at(self, batch: int) -> int:
+        """The peak of a run with this batch size."""
+        return max(self.encoding, self.resident + self.working(batch))
+
+    def working(self, batch: int) -> int:
+        """The peak of gradients and activations, in a training step or in a validation, whichever is higher."""
+        looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
+        return max(self.training.peak(batch), looking)
+
+    def largest(self, memory: int, most: int) -> int:
+        """The largest batch up to `most` that fits; 0 when not even one sample does."""
+        low, high = 0, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.at(middle) <= memory else (low, middle - 1)
+        return low
+
+
+def count(
+    config: RunConfig,
+    images: int,
+    held_out: int,
+    device: torch.device,
+    keeps_base: bool = False,
+    only: int | None = None,
+) -> Needs:
+    """Count a run's needs, of every batch size, or in half the time of `only` one; allocates nothing of size. Raises InputError when the model's configs cannot be read."""
+    precision = components.mixed_precision(config.model.precision, device)
+    with _shapes_only(precision != "no", device) as where:
+        work = _Work(config, where, precision)
+        draws = held_out * config.validation.timesteps_per_image
+        training = work.moments(True, only)
+        validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
+        encoding = work.encoding()
+    parts, weights = work.parts, sum(map(_bytes, work.trained))
+    encoders = _bytes(parts.vae) + _bytes(parts.text_encoder) * ("text_encoder" not in config.model.train)
+    lasting = {"weights": weights, "optimizer": _optimizer_bytes(config, work.trained)}
+    if device.type == "cuda":
+        encoding += _bytes(parts.vae) + _bytes(parts.text_encoder)
+    else:  # the frozen parts, the copy of the best or untouched weights, and the data lie in the same memory
+        copy = weights * ((config.checkpoint.best and held_out > 0) or keeps_base)
+        lasting |= {"encoders": encoders, "copy": copy, "data": work.data_bytes(images, held_out)}
+        encoding += weights + encoders
+    return Needs(lasting, training, validation, draws, encoding)
+
+
+def available(device: torch.device) -> int:
+    """Bytes that a process may still take: of the device's memory, or of the computer's (and of its container's)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_meminfo(), _cgroup()]
+    return min((value for value in found if value is not None), default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))  # fmt: skip
+
+
+# Counting -----------------------------------------------------------------------------------------------------------------------
+
+
+class _Ledger(TorchDispatchMode):
+    """Notes what lives after every operation that makes a new storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.moments: list[int] = []
+        self.known: dict[int, int] = {}
+
+    def skip(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Tensors that were there before, and are counted elsewhere."""
+        for tensor in tensors:
+            self.known[tensor.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._born(tensor.untyped_storage())
+        return out
+
+    def _born(self, storage: Any) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.moments.append(self.live)
+        weakref.finalize(storage, self._died, key)
+
+    def _died(self, key: int) -> None:
+        self.live -= self.known.pop(key)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What every fused attention kernel keeps: its inputs, its output, and one number a row; never the matrix of all pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+@contextlib.contextmanager
+def _fused_attention() -> Iterator[None]:
+    """For the time of the block: the meta device would take attention apart into the matrix that no kernel in use makes."""
+    functional = torch.nn.functional
+    real = functional.scaled_dot_product_attention
+
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _FusedAttention.apply(query, key, value)
+
+    functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = real
+
+
+class _Work:
+    """A run's work on shapes alone."""
+
+    def __init__(self, config: RunConfig, where: str, precision: str):
+        self.config, self.where, self.precision = config, where, precision
+        with torch.device(where):
+            self.parts = components.skeleton(config.model)
+        components.prepare_for_training(self.parts, config.model, torch.device(where))
+        self.trained = list(self.parts.trainable(config.model.train).values())
+        text, vae = self.parts.text_encoder.config, self.parts.vae.config
+        side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)
+        self.latent = (vae.latent_channels, side, side)
+        self.tokens, self.width = text.max_position_embeddings, text.hidden_size
+
+    def moments(self, grad: bool, only: int | None = None) -> Moments:
+        """What lives, beyond the weights, at each moment of a forward, and with `grad` of its backward."""
+        if only:
+            fixed = np.array(self._pass(only, grad), dtype=np.int64)
+            return Moments(fixed, np.zeros_like(fixed))
+        two, three = (np.array(self._pass(batch, grad), dtype=np.int64) for batch in (2, 3))
+        assert len(two) == len(three), "a pass does the same, whatever the batch"
+        return Moments(3 * two - 2 * three, three - two)
+
+    def encoding(self) -> int:
+        """The peak of the VAE at work, beyond the weights."""
+        side, group = self.config.data.resolution, pictures_together(self.config.data.resolution)
+        with self._counted(grad=False) as ledger:
+            self.parts.vae.encode(torch.empty(group, 3, side, side, device=self.where))
+        return max(ledger.moments)
+
+    def data_bytes(self, images: int, held_out: int) -> int:
+        """Latents (mean and spread of every view) and contexts; as many training pictures as are held out are measured beside these."""
+        data = self.config.data
+        seen = images * len(views(data.crop, data.crops, data.flip)) + 2 * held_out
+        captions = 0 if "text_encoder" in self.config.model.train else images + 2 * held_out
+        return 4 * (seen * 2 * math.prod(self.latent) + captions * self.tokens * self.width)
+
+    def _pass(self, batch: int, grad: bool) -> list[int]:
+        with self._counted(grad) as ledger:
+            latents = torch.empty(batch, *self.latent, device=self.where)
+            timesteps = torch.empty(batch, dtype=torch.long, device=self.where)
+            context = torch.empty(batch, self.tokens, self.width, device=self.where)
+            with self._autocast():
+                if "text_encoder" in self.config.model.train:
+                    ids = torch.empty(batch, self.tokens, dtype=torch.long, device=self.where)
+                    context = self.parts.text_encoder(ids)[0]
+                prediction = self.parts.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+            loss = squared_error(prediction, latents).mean()
+            if grad:
+                wanted = [p for module in self.trained for p in module.parameters()]
+                kept = torch.autograd.grad(loss, wanted, allow_unused=True)
+                del kept
+        return ledger.moments
+
+    def _autocast(self) -> Any:
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return torch.autocast(self.where, dtypes[self.precision]) if self.precision in dtypes else contextlib.nullcontext()  # fmt: skip
+
+    @contextlib.contextmanager
+    def _counted(self, grad: bool) -> Iterator[_Ledger]:
+        ledger = _Ledger()
+        for module in (self.parts.unet, self.parts.text_encoder, self.parts.vae):
+            ledger.skip((*module.parameters(), *module.buffers()))
+        with _fused_attention(), ledger, torch.set_grad_enabled(grad):
+            yield ledger
+
+
+@contextlib.contextmanager
+def _shapes_only(mixed: bool, device: torch.device) -> Iterator[str]:
+    """Tensors without bytes, and the name of the device they are on. The meta device is five times as fast as fake tensors, but
+    does not know what autocast casts."""
+    if not mixed:
+        yield "meta"
+        return
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        yield device.type
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def _optimizer_bytes(config: RunConfig, modules: list[torch.nn.Module]) -> int:
+    """AdamW: two numbers a weight; Adafactor: one a row and one a column, and the update it works on; SGD: its momentum."""
+    shapes = [p.shape for module in modules for p in module.parameters()]
+    if config.optimizer.name == "adamw":
+        return sum(8 * shape.numel() for shape in shapes)
+    if config.optimizer.name == "sgd":
+        return sum(4 * shape.numel() for shape in shapes) if config.optimizer.momentum else 0
+    factored = [s.numel() // s[-1] + s.numel() // s[-2] if len(s) > 1 else s.numel() for s in shapes]
+    return 4 * sum(factored) + 2 * 4 * max(shape.numel() for shape in shapes)
+
+
+def _meminfo() -> int | None:
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return None
+
+
+def _cgroup() -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        folder = Path("/sys/fs/cgroup")
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    return None

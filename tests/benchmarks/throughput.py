@@ -1,0 +1,278 @@
+"""How fast does `sdclr train` train, and in how much memory? Beside the bare floor and beside diffusers' own script.
+
+    python tests/benchmarks/throughput.py --quick                 # two minutes: does it run?
+    python tests/benchmarks/throughput.py                         # the demo model at batch 1, 4 and 16
+    python tests/benchmarks/throughput.py --full-size             # one step of the true SD 1.5 shape at 256 pixels (20 GiB)
+    python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
+    python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
+    python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB)
+    make bench
+
+Contestants take turns in short rounds, each in a process of its own, so that whatever else the machine does falls on all of them;
+ratios are taken round by round. Results: JSON in the work folder, Markdown on stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent.parent
+BARS = {"floor": 1.05, "script": 1.5, "memory": 1.0, "validation": 0.5}
+"""sdclr's step ≤ 1.05 × the floor's; ≥ 1.5 × the script's images/s at batch 4; ≤ its peak memory; a batched forward ≤ half an unbatched."""
+TRAINERS = ("floor", "sdclr", "script")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What is measured on, and how long: rounds of about `seconds` each."""
+
+    model: Path
+    images: Path
+    resolution: int
+    vae_factor: int
+    batches: tuple[int, ...]
+    device: str
+    rounds: int
+    seconds: float
+    together: bool = True  # contestants alive at the same time; else one after the other (not enough memory for three)
+
+
+class Contestant:
+    """A contestant's process."""
+
+    def __init__(self, kind: str, setting: Setting, batch: int, work: Path, *more: str):
+        folder = work / f"{kind}-{batch}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        command = [sys.executable, str(Path(__file__).with_name("contestants.py")), kind]
+        for name in ("model", "images", "resolution", "vae_factor", "device"):
+            command += [f"--{name.replace('_', '-')}", str(getattr(setting, name))]
+        self.kind, self.noise = kind, folder / "stderr"
+        self.process = subprocess.Popen(
+            [*command, "--batch", str(batch), "--work", str(folder), *more],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.noise.open("w"), text=True,
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        self.imported = self._hear("imported")["imported"]
+        self.ready = self._hear("ready")
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Let it train; what it says of it."""
+        self._tell(str(steps))
+        return self._hear()
+
+    def end(self) -> dict[str, Any]:
+        """Its peak memory in bytes: whole, above its imports, and on the device."""
+        self._tell("end")
+        said = self._hear("peak")
+        self.process.wait()
+        return {"peak": said["peak"], "above_imports": said["peak"] - self.imported, "device": said["device_peak"]}
+
+    def _tell(self, line: str) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def _hear(self, key: str | None = None) -> dict[str, Any]:
+        assert self.process.stdout
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                said = json.loads(line)
+                if key is None or key in said:
+                    return said
+        raise SystemExit(f"{self.kind} ended early:\n{self.noise.read_text()[-3000:]}")
+
+
+def train(setting: Setting, batch: int, work: Path) -> dict[str, Any]:
+    """Rounds of the three trainers at one batch size: seconds a step in each round, and peak memory."""
+    times: dict[str, list[float]] = {kind: [] for kind in TRAINERS}
+    memory: dict[str, Any] = {}
+    if not setting.together:
+        for kind in TRAINERS:
+            contestant = Contestant(kind, setting, batch, work)
+            first = contestant.round(1)["seconds"]
+            steps = max(1, round(setting.seconds / first))
+            times[kind] = [contestant.round(steps)["seconds"] / steps for _ in range(setting.rounds)]
+            memory[kind] = contestant.end()
+        return {"seconds": times, "memory": memory}
+    contestants = [Contestant(kind, setting, batch, work) for kind in TRAINERS]
+    for contestant in contestants:
+        contestant.round(3)  # warm-up
+    once = {c.kind: c.round(3)["seconds"] / 3 for c in contestants}
+    steps = max(1, round(setting.seconds / min(once.values())))
+    for number in range(setting.rounds):
+        turn = number % len(contestants)
+        for contestant in contestants[turn:] + contestants[:turn]:
+            times[contestant.kind].append(contestant.round(steps)["seconds"] / steps)
+    memory = {c.kind: c.end() for c in contestants}
+    return {"seconds": times, "memory": memory, "steps_a_round": steps}
+
+
+def validate(setting: Setting, work: Path) -> dict[str, Any]:
+    """Seconds a validation forward, batched and one by one."""
+    contestant = Contestant("validation", setting, 4, work)
+    contestant.round(1)
+    said = [contestant.round(1) for _ in range(setting.rounds)]
+    contestant.end()
+    return {"batch": contestant.ready["batch"], "draws": contestant.ready["draws"],
+            **{kind: [s[kind] for s in said] for kind in ("batched", "unbatched")}}  # fmt: skip
+
+
+# Telling ------------------------------------------------------------------------------------------------------------------------
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> tuple[float, float, float]:
+    """Quartiles of the ratio, round by round."""
+    return quartiles([a / b for a, b in zip(above, below, strict=True)])
+
+
+def shown(values: tuple[float, float, float], form: str = ".3f") -> str:
+    """Median, with the quartiles."""
+    return f"{values[1]:{form}} ({values[0]:{form}} to {values[2]:{form}})"
+
+
+def verdict(holds: bool) -> str:
+    return "holds" if holds else "MISSED"
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as tables; every median with its quartiles."""
+    lines = ["## Throughput", "", *(f"- {name}: {value}" for name, value in result["machine"].items()), ""]
+    lines += ["| batch | contestant | ms a step | images/s | × floor | peak MiB | above imports MiB |", "|---|---|---|---|---|---|---|"]  # fmt: skip
+    bars = []
+    for batch, found in result["batches"].items():
+        times, memory = found["seconds"], found["memory"]
+        for kind in TRAINERS:
+            own, m = times[kind], memory[kind]
+            peak = m["device"] or m["peak"]
+            lines.append(
+                f"| {batch} | {kind} | {shown(quartiles([1000 * t for t in own]), '.1f')} | {int(batch) / quartiles(own)[1]:.1f} "
+                f"| {shown(ratio(own, times['floor']))} | {peak / 2**20:.0f} | {m['above_imports'] / 2**20:.0f} |"
+            )
+        slower, faster = ratio(times["sdclr"], times["floor"]), ratio(times["script"], times["sdclr"])
+        bars.append(f"- batch {batch}: sdclr / floor {shown(slower)}, bar {BARS['floor']}: {verdict(slower[1] <= BARS['floor'])}")  # fmt: skip
+        bar = f", bar {BARS['script']}: {verdict(faster[1] >= BARS['script'])}" if batch == "4" else ""
+        bars.append(f"- batch {batch}: images/s of sdclr / script {shown(faster)}{bar}")
+        for name in ("device",) if memory["sdclr"]["device"] else ("peak", "above_imports"):
+            share = memory["sdclr"][name] / memory["script"][name]
+            bars.append(f"- batch {batch}: memory ({name}) of sdclr / script {share:.3f}, bar {BARS['memory']}: {verdict(share <= BARS['memory'])}")  # fmt: skip
+    if "validation" in result:
+        v = result["validation"]
+        share = ratio(v["batched"], v["unbatched"])
+        bars.append(
+            f"- validation: {1000 * quartiles(v['batched'])[1]:.1f} ms a forward in batches of {v['batch']}, {1000 * quartiles(v['unbatched'])[1]:.1f} one by one: "
+            f"{shown(share)}, bar {BARS['validation']}: {verdict(share[1] <= BARS['validation'])}"
+        )
+    return "\n".join([*lines, "", *bars, ""])
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What it was measured on."""
+    import accelerate
+    import diffusers
+    import torch
+
+    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), platform.processor())  # fmt: skip
+    facts = {
+        "CPU": f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+        "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}",
+    }
+    if device == "cuda":
+        facts |= {"GPU": torch.cuda.get_device_name(), "ceilings": ceilings()}
+    return facts
+
+
+def ceilings() -> str:
+    """The card's own speed: a large bf16 matrix product, and a copy."""
+    import torch
+
+    def best_of(work: Any, repeats: int = 10) -> float:
+        found = []
+        for _ in range(repeats):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            found.append(start.elapsed_time(end) / 1000)
+        return min(found)
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    big, other = (torch.empty(2**30, device="cuda", dtype=torch.uint8) for _ in range(2))
+    flops, rate = 2 * 8192**3 / best_of(lambda: a @ a), 2 * 2**30 / best_of(lambda: big.copy_(other))
+    return f"{flops / 1e12:.0f} TFLOP/s (bf16 matrix product), {rate / 1e9:.0f} GB/s (copy)"
+
+
+def setting_of(args: argparse.Namespace) -> Setting:
+    """What the command line asks to be measured."""
+    rounds, seconds = (3, 0.5) if args.quick else (15, 4.0)
+    if args.device == "cpu" and not args.full_size:
+        batches = args.batches or ((1, 4) if args.quick else (1, 4, 16))
+        return Setting(ROOT / "data/tiny-sd", ROOT / "data/mochi", 64, 4, batches, "cpu", rounds, seconds)
+    from shapes import folder_of
+
+    model = folder_of("sd15", args.work)
+    if args.device == "cuda":
+        return Setting(model, ROOT / "data/mochi", 512, 8, args.batches or (1, 4), "cuda", rounds, seconds, together=False)  # fmt: skip
+    return Setting(model, ROOT / "data/mochi", 256, 8, args.batches or (1,), "cpu", 1, 0.0, together=False)
+
+
+def main() -> None:
+    """Measure what the command line asks for, write the JSON, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few and short rounds: numbers of no worth")
+    parser.add_argument("--full-size", action="store_true", help="the true SD 1.5 shape, one step at 256 pixels")
+    parser.add_argument("--caches", action="store_true", help="instead: how long many pictures take to be read")
+    parser.add_argument("--memory", action="store_true", help="instead: memory as foretold and as used")
+    parser.add_argument("--pictures", type=int, default=10_000, help="with --caches")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="for models, runs and results")
+    args = parser.parse_args()
+    args.work = args.work.resolve()
+    if args.caches:
+        import caches
+
+        result = {"machine": machine(args.device), **caches.measure(args.work, 500 if args.quick else args.pictures)}
+        text, name = caches.markdown(result), "caches"
+    elif args.memory:
+        import foretold
+
+        cases = foretold.measure(args.work, args.quick)
+        result = {"machine": machine(args.device), "cases": cases}
+        text, name = foretold.markdown(result), "memory"
+    else:
+        setting = setting_of(args)
+        result = {"machine": machine(args.device), "batches": {}}
+        for batch in setting.batches:
+            result["batches"][str(batch)] = train(setting, batch, args.work)
+        if not args.full_size:
+            result["validation"] = validate(setting, args.work)
+        text, name = markdown(result), f"throughput-{args.device}{'-full-size' if args.full_size else ''}"
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
