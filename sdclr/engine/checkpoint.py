@@ -26,6 +26,8 @@ from sdclr.errors import CheckpointError, DivergenceError, StorageError
 from sdclr.model.components import WEIGHTS, read_weights
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
+SCALER = "scaler."
+"""Before the names of the fp16 loss scale's numbers."""
 FULL, TROUGH, BEST, AVERAGE = "step", "trough", "best", "average"
 """Kinds of checkpoint, the first part of its folder's name: `step` can be resumed; the others hold weights only."""
 
@@ -205,7 +207,7 @@ def _sweep(folder: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """An optimizer's per-parameter state as tensors named `index.name`, and its plain numbers."""
+    """An optimizer's per-parameter state as tensors named `index.name`, and its plain numbers; with fp16 also its loss scale's."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     for index, values in optimizer.state_dict()["state"].items():
@@ -214,6 +216,8 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
                 tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
+    scaler = getattr(optimizer, "scaler", None)  # accelerate's, in fp16: its scale is found by trial over many steps
+    numbers |= {SCALER + name: value for name, value in scaler.state_dict().items()} if scaler else {}
     return tensors, numbers
 
 
@@ -222,7 +226,12 @@ def unpack_optimizer(
 ) -> None:
     """The inverse of `pack_optimizer`; parameter groups (rates, betas, ...) stay those of the config."""
     state: dict[int, dict[str, Any]] = {}
+    scaler = {name.removeprefix(SCALER): value for name, value in numbers.items() if name.startswith(SCALER)}
+    if scaler and getattr(optimizer, "scaler", None):
+        optimizer.scaler.load_state_dict(scaler)  # type: ignore[attr-defined]
     for key, value in (*tensors.items(), *numbers.items()):
+        if key.startswith(SCALER):
+            continue
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -53,6 +53,20 @@ def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
 
 
+def test_the_loss_scale_of_fp16_comes_back(run, tmp_path):
+    def scaled(first: float) -> TrainState:
+        state = trained_state(run, "adamw")
+        state.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=first)  # as accelerate's optimizer carries it
+        state.optimizer.scaler.scale(torch.ones(()))
+        return state
+
+    kept = save(tmp_path, FULL, scaled(8.0), run.modules, {"kappa": None})
+    other = scaled(65536.0)
+    restore(kept, other, run.modules)
+    assert other.optimizer.scaler.get_scale() == 8.0
+    assert flat(other.optimizer).keys() == flat(trained_state(run, "adamw").optimizer).keys()
+
+
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> checkpoints.Checkpoint:
     """One full checkpoint; not to be written to."""
