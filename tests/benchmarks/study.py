@@ -118,6 +118,8 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     parser.add_argument("--best-exposure", type=float, help="S* [default: from the newest range test]")
     parser.add_argument("--base", default=str(ROOT / "data" / "tiny-sd"), help="model")
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--factors", type=float, nargs="+", help="only these multiples of the ceiling (part schedules)")
+    parser.add_argument("--cycles", type=int, nargs="+", help="only these numbers of cycles (part schedules)")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--build", type=Path, help="where finished runs are kept [default: build/study]")
     parser.add_argument("--results", type=Path, help="where tables and figures go [default: tests/benchmarks/results]")
@@ -126,7 +128,9 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     build = (args.build or ROOT / "build" / ("study-quick" if args.quick else "study")).resolve()
     results = args.results or (build / "results" if args.quick else ROOT / "tests" / "benchmarks" / "results")
     ceiling, best = measured_scale(args.base, args.ceiling, args.best_exposure)
-    study = Study(scale or (QUICK if args.quick else Scale()), args.base, build, ceiling, best, tuple(args.set))
+    scale = scale or (QUICK if args.quick else Scale())
+    narrowed = {name: tuple(given) for name in ("factors", "cycles") if (given := getattr(args, name))}
+    study = Study(dataclasses.replace(scale, **narrowed), args.base, build, ceiling, best, tuple(args.set))
     draw_truth(study)
     rows = run_jobs(study, [job for part in args.only for job in PARTS[part].jobs(study)], args.workers)
     record = {"base": Path(args.base).name, "ceiling": ceiling, "best_exposure": best,
