@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(HERE / "tiny-sd"))
     parser.add_argument("--captions", type=int, default=200)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--save", help="write the first 24 samples as one picture")
     args = parser.parse_args()
 

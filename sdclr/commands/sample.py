@@ -159,7 +159,7 @@ def _column(path: Path, run_name: str | None) -> Column:
     words = [
         run_name,
         _name_of_state(checkpoint.kind, info),
-        f"S {info['exposure']:.3g}" + (f"  κ {info['kappa']:.2f}" if info.get("kappa") else ""),
+        f"S {info['exposure']:.2g}" + (f"  κ {info['kappa']:.2f}" if info.get("kappa") else ""),
     ]
     if info.get("validation_loss") is not None:
         words.append(f"held out {info['validation_loss']:.4f}")
