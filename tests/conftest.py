@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def counted_once() -> Iterator[None]:
+    """What the same settings need in memory is counted once: a second of work that every command begins with."""
+    from sdclr.engine import fit
+
+    known: dict[str, Any] = {}
+    count = fit._needs
+
+    def needs(config: Any, *more: Any, **named: Any) -> Any:
+        key = repr((config.model, config.data, config.optimizer, config.validation, config.checkpoint, more, named))
+        if key not in known:
+            known[key] = count(config, *more, **named)
+        from sdclr.engine import memory
+
+        counted, _, where = known[key]
+        return counted, memory.available(memory.torch.device("cpu")), where
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "_needs", needs)
+        yield
 
 
 @pytest.fixture(scope="session")
