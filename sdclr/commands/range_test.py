@@ -36,6 +36,7 @@ from sdclr.report import console, explain, figures, page
 if TYPE_CHECKING:
     from sdclr.engine.arms import Measured
     from sdclr.engine.pool import Pool
+    from sdclr.engine.signals import StopRequest
 
 SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
@@ -78,8 +79,7 @@ def range_test(
         with StopRequest() as stop, console.progress("range test", total=None) as bar:
             bench = make_pool(run, loaded, folder.range_test / "arms", deadline, stop, bar.advance)
             if legacy:
-                console.result(legacy_ramp(bench, legacy))
-                return
+                return console.result(_legacy(bench, legacy, stop, config_path))
             findings = measure(bench, config.range_test)
         result = as_result(findings, bench, config, inputs)
         together.on_main(lambda: _write(folder, bench, result, config))
@@ -226,12 +226,26 @@ def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
     return due
 
 
+def _legacy(bench: Pool, kind: str, stop: StopRequest, config_path: Path) -> str:
+    from sdclr.engine.arms import OutOfTime
+
+    try:
+        return legacy_ramp(bench, kind)
+    except OutOfTime:
+        what, again = "stopped before the ramp was finished", f"sdclr range-test {config_path} --legacy {kind}"
+        raise stop.interrupted(what, again) if stop.requested else Inconclusive(what, again) from None
+
+
 def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
     """The field's single ramp: where its loss was lowest and the S* that this stands for; it cannot show a bound."""
     top, _ = screen(bench, bench.base(), bench.config.range_test)
-    low, steps = top / 1000, min(steps, bench.config.range_test.max_steps)
+    low, steps = top / 1000, max(2, min(steps, bench.config.range_test.max_steps))
     ramp = linear_ramp(0.0, top, steps) if kind == "linear" else exponential_ramp(low, top, steps)
     arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, lambda a: len(a.rates) >= steps, lambda step, s: step % 5 == 0)
+    if not len(arm.steps):
+        raise Inconclusive(
+            f"the ramp to {top:.3g} diverged before its first measurement", hint="set range_test.lr lower"
+        )
     step = int(arm.steps[int(np.argmin(arm.means))])
     lr = float(arm.rates[step - 1])
     if kind == "linear":

@@ -266,6 +266,11 @@ def test_a_grid_that_shows_nothing_ends_inconclusive_with_a_reason(config, grid,
     assert result["recommended"] is None
 
 
+def test_a_legacy_ramp_that_is_out_of_time_says_so(config):
+    problem = run(config(SHORT), legacy="linear", max_minutes=1e-9)
+    assert "before the ramp was finished" in problem.message
+
+
 def test_an_unknown_legacy_ramp_is_an_input_error(config):
     with pytest.raises(InputError, match="linear or exponential; got 'quadratic'"):
         range_test(config(), legacy="quadratic")
