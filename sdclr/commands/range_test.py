@@ -25,7 +25,7 @@ from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs, steps_to_exposure
+from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
 from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, judge
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
@@ -303,11 +303,18 @@ def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -
     }
 
 
-def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any]:
-    """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*."""
-    peak, per_epoch = ceiling / 2, inputs.steps_per_epoch
-    steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
-    schedule = make_schedule(config, per_epoch, steps, peak)
+def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any] | None:
+    """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*.
+
+    None, with a warning, when the config's schedule cannot have them: what was measured must not be lost over it.
+    """
+    peak, per_epoch = peak_below(ceiling), inputs.steps_per_epoch
+    try:
+        steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
+        schedule = make_schedule(config, per_epoch, steps, peak)
+    except InputError as problem:
+        console.warn(f"no run follows from the answer: {problem.message}\n  {problem.hint}")
+        return None
     cycles = schedule.cycles if schedule.half_cycle else None
     return {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": peak, "steps": steps, "cycles": cycles}
 
@@ -344,5 +351,5 @@ def _print(result: dict[str, Any], as_json: bool, folder: RunFolder) -> None:
     if as_json:
         console.result(json.dumps({"schema": SCHEMA, **result}, allow_nan=False))
     elif result["verdict"] == "conclusive":
-        console.result(f"# {page.range_test_in_words(result)}\n{page.snippet(result)}")
+        console.result(page.answer(result))
     console.say(f"{folder.range_test / 'result.json'}; report.html and range_test.png are beside it")
