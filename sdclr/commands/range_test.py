@@ -186,6 +186,7 @@ def _descend(bench: Pool, found: Findings, top: float, target: float, settings: 
     """Arms from the top of the grid down; two admissible ones in a row end it."""
     assert found.base is not None and found.reference is not None
     factor = 10 ** (1 / settings.arms_per_decade)
+    target = min(target, float(found.reference.exposure[-1]))  # beyond it there is nothing to compare with
     lr, admissible = top, 0
     while lr > found.reference.lr * factor**0.5 and admissible < 2:
         found.arms.append(_arm(bench, lr, target))

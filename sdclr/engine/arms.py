@@ -77,6 +77,11 @@ class Bench:
             self._pause()
             self.run.fresh_state()
             losses = self._measure()[None]
+            if not np.isfinite(losses).all():
+                raise DivergenceError(
+                    "the untouched model's held-out loss is not finite, so nothing can be measured",
+                    hint="set model.precision: fp32 (fp16 overflows with some models), or check the model with: sdclr check",
+                )
             self.finished["base"] = Measured("base", 0.0, np.zeros(1), np.zeros(1), losses, np.zeros(0))
         return self.finished["base"].losses[0]
 
