@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -325,8 +324,3 @@ def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found.append((f"{prefix}{key}", a, b))
     return found
-
-
-def only(values: Sequence[tuple[str, Any, Any]], prefixes: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Those changes whose key starts with one of the prefixes."""
-    return [value for value in values if value[0].startswith(tuple(prefixes))]
