@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import traceback
@@ -134,12 +135,18 @@ def range_test(
         raise typer.BadParameter("name the run's YAML file, or curves with --from", param_hint="CONFIG")
     if config is None and set_:
         raise typer.BadParameter("overrides a config, and none is named", param_hint="--set")
+    if max_minutes is not None and not 0 < max_minutes < math.inf:
+        raise typer.BadParameter(
+            f"must be a number of minutes above 0; got {max_minutes:g}", param_hint="--max-minutes"
+        )
     if from_ and (legacy or max_minutes or explain):
         raise typer.BadParameter(
             "trains nothing, so it goes with none of --legacy, --max-minutes and --explain", param_hint="--from"
         )
     if legacy and explain:
         raise typer.BadParameter("explains a range test, and --legacy runs none", param_hint="--explain")
+    if legacy and json_:
+        raise typer.BadParameter("prints a range test's result, and --legacy has none", param_hint="--json")
     _begin(config, set_, quiet)
     if from_:
         processes.refuse_several("sdclr range-test --from")
@@ -162,6 +169,8 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune with a cyclical learning rate, watching the held-out images."""
+    if dry_run and (resume or checkpoint):
+        raise typer.BadParameter("plans a run from its start; --resume goes on with one", param_hint="--dry-run")
     _begin(config, set_, quiet)
     if dry_run:
         processes.refuse_several("sdclr train --dry-run")
@@ -189,6 +198,8 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Draw checkpoints side by side: same prompts, same seeds, same noise."""
+    if run and checkpoint:
+        raise typer.BadParameter("draws those checkpoints alone, so --run would be ignored", param_hint="--checkpoint")
     _begin(config, set_, quiet)
     from sdclr.commands.sample import sample as command
 

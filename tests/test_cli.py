@@ -11,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from sdclr import __version__
-from sdclr.cli import main
+from sdclr.cli import app, main
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = ["range-test", "train", "sample", "init", "check", "compare"]
@@ -63,6 +64,20 @@ def test_a_wrong_command_line_exits_with_2_and_no_traceback(sdclr: Program, argu
     assert found.returncode == 2
     assert found.stderr
     assert "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "at"),
+    [
+        ("range-test a.yaml --max-minutes 0", "--max-minutes"), ("range-test a.yaml --max-minutes nan", "--max-minutes"),
+        ("range-test a.yaml --legacy linear --json", "--json"), ("train a.yaml --dry-run --resume", "--dry-run"),
+        ("sample a.yaml --run b --checkpoint c", "--checkpoint"),
+    ],
+)  # fmt: skip
+def test_an_option_that_would_be_ignored_is_refused(line: str, at: str) -> None:
+    found = CliRunner().invoke(app, line.split())
+    assert found.exit_code == 2
+    assert f"Invalid value for {at}" in found.output
 
 
 @pytest.mark.parametrize("command", ["range-test", "train", "sample", "check"])

@@ -27,7 +27,7 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     if stdout:
         return console.result(text)
     try:
-        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w") as file:
+        with os.fdopen(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644), "w", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
         raise InputError(

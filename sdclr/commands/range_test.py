@@ -25,7 +25,7 @@ from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, read_inputs, steps_to_exposure
+from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
 from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, judge
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
@@ -36,6 +36,7 @@ from sdclr.report import console, explain, figures, page
 if TYPE_CHECKING:
     from sdclr.engine.arms import Measured
     from sdclr.engine.pool import Pool
+    from sdclr.engine.signals import StopRequest
 
 SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
@@ -78,8 +79,7 @@ def range_test(
         with StopRequest() as stop, console.progress("range test", total=None) as bar:
             bench = make_pool(run, loaded, folder.range_test / "arms", deadline, stop, bar.advance)
             if legacy:
-                console.result(legacy_ramp(bench, legacy))
-                return
+                return console.result(_legacy(bench, legacy, stop, config_path))
             findings = measure(bench, config.range_test)
         result = as_result(findings, bench, config, inputs)
         together.on_main(lambda: _write(folder, bench, result, config))
@@ -186,6 +186,7 @@ def _descend(bench: Pool, found: Findings, top: float, target: float, settings: 
     """Arms from the top of the grid down; two admissible ones in a row end it."""
     assert found.base is not None and found.reference is not None
     factor = 10 ** (1 / settings.arms_per_decade)
+    target = min(target, float(found.reference.exposure[-1]))  # beyond it there is nothing to compare with
     lr, admissible = top, 0
     while lr > found.reference.lr * factor**0.5 and admissible < 2:
         found.arms.append(_arm(bench, lr, target))
@@ -226,12 +227,26 @@ def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
     return due
 
 
+def _legacy(bench: Pool, kind: str, stop: StopRequest, config_path: Path) -> str:
+    from sdclr.engine.arms import OutOfTime
+
+    try:
+        return legacy_ramp(bench, kind)
+    except OutOfTime:
+        what, again = "stopped before the ramp was finished", f"sdclr range-test {config_path} --legacy {kind}"
+        raise stop.interrupted(what, again) if stop.requested else Inconclusive(what, again) from None
+
+
 def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
     """The field's single ramp: where its loss was lowest and the S* that this stands for; it cannot show a bound."""
     top, _ = screen(bench, bench.base(), bench.config.range_test)
-    low, steps = top / 1000, min(steps, bench.config.range_test.max_steps)
+    low, steps = top / 1000, max(2, min(steps, bench.config.range_test.max_steps))
     ramp = linear_ramp(0.0, top, steps) if kind == "linear" else exponential_ramp(low, top, steps)
     arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, lambda a: len(a.rates) >= steps, lambda step, s: step % 5 == 0)
+    if not len(arm.steps):
+        raise Inconclusive(
+            f"the ramp to {top:.3g} diverged before its first measurement", hint="set range_test.lr lower"
+        )
     step = int(arm.steps[int(np.argmin(arm.means))])
     lr = float(arm.rates[step - 1])
     if kind == "linear":
@@ -289,11 +304,18 @@ def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -
     }
 
 
-def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any]:
-    """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*."""
-    peak, per_epoch = ceiling / 2, inputs.steps_per_epoch
-    steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
-    schedule = make_schedule(config, per_epoch, steps, peak)
+def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any] | None:
+    """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*.
+
+    None, with a warning, when the config's schedule cannot have them: what was measured must not be lost over it.
+    """
+    peak, per_epoch = peak_below(ceiling), inputs.steps_per_epoch
+    try:
+        steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
+        schedule = make_schedule(config, per_epoch, steps, peak)
+    except InputError as problem:
+        console.warn(f"no run follows from the answer: {problem.message}\n  {problem.hint}")
+        return None
     cycles = schedule.cycles if schedule.half_cycle else None
     return {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": peak, "steps": steps, "cycles": cycles}
 
@@ -330,5 +352,5 @@ def _print(result: dict[str, Any], as_json: bool, folder: RunFolder) -> None:
     if as_json:
         console.result(json.dumps({"schema": SCHEMA, **result}, allow_nan=False))
     elif result["verdict"] == "conclusive":
-        console.result(f"# {page.range_test_in_words(result)}\n{page.snippet(result)}")
+        console.result(page.answer(result))
     console.say(f"{folder.range_test / 'result.json'}; report.html and range_test.png are beside it")

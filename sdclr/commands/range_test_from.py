@@ -107,5 +107,4 @@ def _print(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         console.result(json.dumps({"schema": SCHEMA, **result}, allow_nan=False))
     elif result["verdict"] == "conclusive":
-        words = f"# {page.range_test_in_words(result)}"
-        console.result(f"{words}\n{page.snippet(result)}" if result["recommended"] else words)
+        console.result(page.answer(result))

@@ -96,9 +96,9 @@ class _Painter:
         self.accelerator = make_accelerator(config)
         self.parts = components.load(config.model)
         components.set_attention(self.parts.unet, config.model.attention, self.accelerator.device)
-        self.base = {
+        self.base = {  # of both: another run's checkpoints may hold what this config does not train
             name: {k: v.clone() for k, v in m.state_dict().items()}
-            for name, m in self.parts.trainable(config.model.train).items()
+            for name, m in self.parts.trainable(("unet", "text_encoder")).items()
         }
         self.pipeline = self.parts.pipeline().to(self.accelerator.device)
 
@@ -107,7 +107,7 @@ class _Painter:
         for name, weights in self.base.items():
             getattr(self.parts, name).load_state_dict(weights)
         if folder:
-            present = tuple(name for name in ("unet", "text_encoder") if (folder / name).is_dir())
+            present = tuple(name for name in self.base if (folder / name).is_dir())
             self.components.load_trained(self.parts, folder, present)
 
     def draw(self, prompt: str, seed: int) -> Image.Image:

@@ -201,7 +201,7 @@ class RangeTestSection(Section):
         0.25, description="unevenness of the curve, as a share of the gain, that is still admissible"
     )
     test_exposure: Annotated[float, Field(gt=0, le=2)] = Field(
-        0.5, description="exposure at which arms are compared, as a share of the best one"
+        0.5, description="exposure at which arms are compared, as a share of the best one (at most the reference arm's)"
     )
     lr: tuple[Rate, Rate] | None = Field(
         None, description="[lowest, highest] rate to try, instead of the screen's choice"
@@ -353,7 +353,7 @@ class CheckpointSection(Section):
     at_troughs: bool = Field(True, description="at the end of every cycle")
     average: bool = Field(False, description="and, at the end, the average of the troughs' weights")
     best: bool = Field(True, description="at the lowest validation loss")
-    every: Length | None = Field(None, description="and every so many steps or epochs")
+    every: Length | None = Field(None, description="and every so many steps or epochs; null: ten times in the run")
     keep_last: Count = Field(2, description="how many of the latest to keep beside troughs and best")
 
     @model_validator(mode="after")

@@ -77,6 +77,11 @@ class Bench:
             self._pause()
             self.run.fresh_state()
             losses = self._measure()[None]
+            if not np.isfinite(losses).all():
+                raise DivergenceError(
+                    "the untouched model's held-out loss is not finite, so nothing can be measured",
+                    hint="set model.precision: fp32 (fp16 overflows with some models), or check the model with: sdclr check",
+                )
             self.finished["base"] = Measured("base", 0.0, np.zeros(1), np.zeros(1), losses, np.zeros(0))
         return self.finished["base"].losses[0]
 
@@ -90,10 +95,11 @@ class Bench:
     ) -> Measured:
         """Train from the untouched weights until `enough(arm so far)`, measuring when `due(steps, exposure)`.
 
-        A finished arm is read from disk instead. Raises OutOfTime between measurements.
+        A finished arm is read from disk instead, unless these rates or this end would have made it another. Raises OutOfTime
+        between measurements.
         """
         if name not in self.finished:
-            arm = self.run.processes.on_main(lambda: self._load(name))
+            arm = self.run.processes.on_main(lambda: self._load(name, lr_at, enough))
             if arm:
                 self.train_steps += len(arm.rates)
                 self.forwards += arm.losses.size
@@ -169,7 +175,7 @@ class Bench:
             json.dumps([prints, self.draws.keys, self.run.inputs.batches.seed, self.draws.per_image], sort_keys=True)
         )
 
-    def _load(self, name: str) -> Measured | None:
+    def _load(self, name: str, lr_at: Callable[[int], float], enough: Callable[[Measured], bool]) -> Measured | None:
         try:
             stored = read_json(self.folder / f"{name}.json", sealed=True)
         except InputError:
@@ -178,7 +184,10 @@ class Bench:
             return None
         arrays = {k: np.array(stored[k], dtype=float) for k in ("steps", "exposure", "losses", "rates")}
         arrays["losses"] = arrays["losses"].reshape(-1, len(self.draws.keys), self.draws.per_image)
-        return Measured(stored["name"], stored["lr"], diverged=stored["diverged"], **arrays)
+        arm = Measured(stored["name"], stored["lr"], diverged=stored["diverged"], **arrays)
+        same_rates = all(rate == lr_at(step) for step, rate in enumerate(arm.rates))
+        ended = arm.diverged or len(arm.rates) >= self.config.range_test.max_steps or (len(arm.steps) and enough(arm))
+        return arm if same_rates and ended else None
 
     def _save(self, arm: Measured) -> None:
         arrays = {k: getattr(arm, k).tolist() for k in ("steps", "exposure", "losses", "rates")}

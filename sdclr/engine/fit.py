@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
+from sdclr.engine import processes
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import Inputs
 from sdclr.errors import ConfigError, InputError
@@ -32,7 +32,7 @@ def settle_batch(loaded: LoadedConfig, resume: bool = False) -> LoadedConfig:
     config = loaded.config
     if config.batch.size != "auto":
         return loaded
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes.count() > 1:
         raise ConfigError([loaded.problem("batch.size", "auto is for one process; with several, name a number")])
     size, why = _begun_with(config, resume) or _largest(loaded)
     console.say(f"batch.size: auto is {size} ({why})")

@@ -102,7 +102,7 @@ def read_json(path: Path, sealed: bool = False) -> dict[str, Any]:
     A seal that is there must fit; with `sealed` it must be there, for files that nobody but this program writes.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file") from None
     except (OSError, ValueError) as error:

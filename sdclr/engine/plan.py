@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +103,7 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
                 hint="see its reasons and remedies there, or set schedule.max_lr and train.steps yourself",
             )
     best = (measured[1]["best_exposure"] or {}).get("value") if measured else None
-    peak = measured[1]["recommended"]["max_lr"] if measured and max_lr == "auto" else float(max_lr)
+    peak = peak_below(measured[1]["ceiling"]["lr"]) if measured and max_lr == "auto" else float(max_lr)
     steps = _steps(config, per_epoch, peak, best)
     if steps > MAX_STEPS:
         raise ConfigError([loaded.problem("train.steps", f"comes to {steps:,} optimizer steps; at most {MAX_STEPS:,}")])
@@ -123,9 +122,19 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
     )
 
 
+def peak_below(ceiling: float) -> float:
+    """What `schedule.max_lr: auto` means: a whole run meets the ceiling at every peak, and should not live there."""
+    return ceiling / 2
+
+
 def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr: float) -> Schedule:
-    """The config's schedule for a run of `steps` steps."""
+    """The config's schedule for a run of `steps` steps. Raises InputError when a measured peak lies below `base_lr`."""
     s = config.schedule
+    if max_lr <= s.base_lr:  # a peak that was given is above: the schema saw to it
+        raise InputError(
+            f"schedule.base_lr is {s.base_lr:.3g}, and schedule.max_lr: auto is {max_lr:.3g}, half of the ceiling",
+            hint="lower schedule.base_lr, or set schedule.max_lr yourself",
+        )
     groups = tuple(Group(g.cycles, g.scale) for g in s.groups or ())
     cycles = s.cycles or sum(g.cycles for g in groups)
     step_size = float(s.step_size.in_steps(steps_per_epoch)) if s.step_size else steps / (2 * cycles) if cycles else 0.0
@@ -315,8 +324,3 @@ def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> 
         elif a != b:
             found.append((f"{prefix}{key}", a, b))
     return found
-
-
-def only(values: Sequence[tuple[str, Any, Any]], prefixes: Sequence[str]) -> list[tuple[str, Any, Any]]:
-    """Those changes whose key starts with one of the prefixes."""
-    return [value for value in values if value[0].startswith(tuple(prefixes))]

@@ -250,5 +250,7 @@ def _check(base: np.ndarray, arms: Sequence[Arm]) -> None:
             raise ValueError(
                 f"arm {arm.lr:g}: losses are {arm.losses.shape}, expected ({len(arm.exposure)} points, {len(base)} images)"
             )
+        if not len(arm.exposure) and arm.diverged:
+            continue  # lost before its first measurement: inadmissible all the same
         if len(arm.exposure) == 0 or not (np.diff(arm.exposure) > 0).all() or arm.exposure[0] <= 0:
             raise ValueError(f"arm {arm.lr:g}: exposures must be positive and rise")

@@ -320,7 +320,7 @@ def _folder_problems(folder: Path) -> list[str]:
 
 def _json_problems(path: Path) -> list[str]:
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         return [f"{path}: is not JSON ({_first_line(error)})"]
     return [] if isinstance(value, dict) else [f"{path}: is not a JSON object"]

@@ -76,6 +76,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
 
 def paragraphs(text: Iterable[tuple[str, str]]) -> None:
     """Titles and text to read at length, to stderr; whoever asks for it gets it, quiet or not."""
+    if muted:
+        return
     wide = Console(stderr=True, highlight=False, width=min(100, console.width if console.is_terminal else 100))
     for title, paragraph in text:
         wide.print(f"\n[bold]{escape(title)}[/]\n{escape(paragraph)}")

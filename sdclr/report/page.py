@@ -85,6 +85,12 @@ def snippet(result: dict[str, Any]) -> str:
     )
 
 
+def answer(result: dict[str, Any]) -> str:
+    """A conclusive answer for the terminal: a comment, and the YAML that follows from it, if any."""
+    words = f"# {range_test_in_words(result)}"
+    return f"{words}\n{snippet(result)}" if result["recommended"] else words
+
+
 def range_test_in_words(result: dict[str, Any]) -> str:
     """The answer in a sentence or two."""
     if result["verdict"] != "conclusive":

@@ -59,7 +59,7 @@ def range_test_of(path: Path, verdict: str = "conclusive") -> None:
     folder.mkdir(parents=True)
     result = {
         "schema": 1, "verdict": verdict, "best_exposure": {"value": 0.008, "interval": [0.006, 0.01]},
-        "recommended": {"base_lr": 0.0, "max_lr": 5e-4, "steps": 32, "cycles": 2}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "recommended": {"base_lr": 0.0, "max_lr": 5e-4, "steps": 32, "cycles": 2}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
 

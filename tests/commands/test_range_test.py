@@ -191,6 +191,19 @@ def test_an_arm_that_was_lost_is_run_again_alone_to_the_same_result(copied, loss
     assert without_time(result_of(copied)) == without_time(before)
 
 
+def test_a_longer_reference_is_longer_though_a_shorter_one_is_kept(copied):
+    assert "edge" in [reason["code"] for reason in result_of(copied)["reasons"]]
+    before = result_of(copied)["reference"]
+    run(copied, "range_test.max_steps=60")
+    after = result_of(copied)["reference"]
+    assert after["lr"] == before["lr"] and after["steps"] > before["steps"] == 40
+
+
+def test_a_grid_set_by_hand_is_screened_though_another_screen_is_kept(copied):
+    run(copied, "range_test.lr=[1e-3, 4e-3]")
+    assert max(arm["lr"] for arm in result_of(copied)["arms"]) <= 4e-3 * (1 + 1e-9)
+
+
 def test_json_on_stdout_is_strict_and_is_the_result(copied, capsys):
     run(copied, as_json=True)
     out = capsys.readouterr().out
@@ -251,6 +264,11 @@ def test_a_grid_that_shows_nothing_ends_inconclusive_with_a_reason(config, grid,
     assert result["verdict"] == "inconclusive" and result["reasons"]
     assert code is None or code in [reason["code"] for reason in result["reasons"]]
     assert result["recommended"] is None
+
+
+def test_a_legacy_ramp_that_is_out_of_time_says_so(config):
+    problem = run(config(SHORT), legacy="linear", max_minutes=1e-9)
+    assert "before the ramp was finished" in problem.message
 
 
 def test_an_unknown_legacy_ramp_is_an_input_error(config):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from sdclr.commands import sample as command
 from sdclr.commands.sample import sample
@@ -179,6 +180,19 @@ def test_checkpoints_named_by_hand_are_the_columns_beside_the_base(path, tmp_pat
     columns = grid(path, tmp_path / "out")["columns"]
     assert [c["label"].partition("\n")[0] for c in columns] == ["base", "step 7", "final"]
     assert not samples(path).exists()
+
+
+def test_a_text_encoder_that_one_column_brings_is_not_left_for_the_next(path, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    weights = other / "text_encoder" / "model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    painter = command._Painter(source.load(path).config)
+    bias = next(painter.parts.text_encoder.parameters())
+    before = bias.clone()
+    painter.load(other)
+    assert torch.equal(bias, before + 1)
+    painter.load(None)
+    assert torch.equal(bias, before)
 
 
 def test_another_run_is_laid_beside_this_one_under_its_name(path, trained, tmp_path):

@@ -137,6 +137,12 @@ def test_an_arm_with_a_loss_that_is_no_number_is_inadmissible(bad: float) -> Non
     assert RATES[0] <= bounds.ceiling.value <= RATES[6]
 
 
+def test_an_arm_that_was_lost_before_its_first_measurement_is_inadmissible() -> None:
+    lost = Arm(RATES[-1], np.empty(0), np.empty((0, len(BASE))), diverged=True)
+    bounds = analyse(BASE, reference(), [arm(RATES[0]), lost])
+    assert bounds.arms[-1].verdict == "inadmissible" and bounds.ceiling is not None
+
+
 def test_an_arm_that_diverged_is_inadmissible_whatever_its_last_losses() -> None:
     bounds = analyse(BASE, reference(), [dataclasses.replace(arm(RATES[0]), diverged=True)])
     assert bounds.arms[0].verdict == "inadmissible"
