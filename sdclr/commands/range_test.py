@@ -117,10 +117,8 @@ def measure(bench: Pool, settings: RangeTestSection) -> Findings:
         found.reference = reference(bench, max(min(top / 10, scale / 10), lowest))
         if not len(found.reference.exposure):
             return found
-        base = found.base.mean(axis=1)
-        target = best_exposure(base, found.reference.arm()).value * settings.test_exposure
-        _anchor(bench, found, target, settings)
-        _descend(bench, found, top, target, settings)
+        _anchor(bench, found, settings)
+        _descend(bench, found, top, settings)
     except OutOfTime:
         found.stopped = True
     return found
@@ -161,32 +159,38 @@ def reference(bench: Pool, lr: float) -> Measured:
     return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, 1.3))
 
 
-def _anchor(bench: Pool, found: Findings, target: float, settings: RangeTestSection) -> None:
+def _target(found: Findings, settings: RangeTestSection) -> float:
+    """The exposure that arms are compared at."""
+    assert found.base is not None and found.reference is not None
+    best = best_exposure(found.base.mean(axis=1), found.reference.arm()).value
+    return min(best * settings.test_exposure, float(found.reference.exposure[-1]))  # beyond: nothing to compare with
+
+
+def _anchor(bench: Pool, found: Findings, settings: RangeTestSection) -> None:
     """If a slower arm is surely better than the reference, the reference was itself too high: a lower one takes its place."""
     assert found.base is not None and found.reference is not None
-    nearby = found.reference.exposure[: len(CLOSING_SHARES)][
-        -1
-    ]  # where S* comes early: as far as there are points to compare
+    target = _target(found, settings)
+    nearby = found.reference.exposure[: len(CLOSING_SHARES)][-1]  # where S* comes early, as far as there are points
     slow = _arm(bench, found.reference.lr / math.sqrt(10), max(target / 4, nearby))
     if not len(slow.exposure):
         found.arms.append(slow)
         return
-    base, fast = found.base.mean(axis=1), found.reference.arm(slow.exposure[-1])
+    base, fast = found.base.mean(axis=1), found.reference.upto(slow.exposure[-1]).arm()
     surely_better = (
         len(fast.exposure) and judge(base, slow.arm(), fast, settings.tolerance, math.inf).low > settings.tolerance
     )
     if surely_better:
-        found.arms.append(found.reference)
+        found.arms.append(found.reference.upto(target))
         found.reference = reference(bench, slow.lr)
     else:
         found.arms.append(slow)
 
 
-def _descend(bench: Pool, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
+def _descend(bench: Pool, found: Findings, top: float, settings: RangeTestSection) -> None:
     """Arms from the top of the grid down; two admissible ones in a row end it."""
     assert found.base is not None and found.reference is not None
     factor = 10 ** (1 / settings.arms_per_decade)
-    target = min(target, float(found.reference.exposure[-1]))  # beyond it there is nothing to compare with
+    target = _target(found, settings)
     lr, admissible = top, 0
     while lr > found.reference.lr * factor**0.5 and admissible < 2:
         found.arms.append(_arm(bench, lr, target))

@@ -405,17 +405,6 @@ class RunConfig(Section):
             raise problem("needs a validation split, and validation.fraction is 0", at="early_stop")
         return train
 
-    @field_validator("range_test")
-    @classmethod
-    def _folds_hold_out_each_image_once(cls, range_test: RangeTestSection, info: ValidationInfo) -> RangeTestSection:
-        fraction = info.data["validation"].fraction if "validation" in info.data else 0
-        if range_test.folds * fraction > 1 + 1e-9:
-            most = int(1 / fraction + 1e-9)
-            raise problem(
-                f"of {fraction:g} hold an image out twice: at most {most}; got {range_test.folds}", at="folds"
-            )
-        return range_test
-
     @field_validator("checkpoint")
     @classmethod
     def _best_can_be_told(cls, checkpoint: CheckpointSection, info: ValidationInfo) -> CheckpointSection:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -44,10 +43,14 @@ class Measured:
         """Mean loss at each point, (points,)."""
         return self.losses.mean(axis=(1, 2))
 
-    def arm(self, upto: float = math.inf) -> Arm:
-        """For the analysis: losses averaged over draws, up to some exposure."""
-        keep = self.exposure <= upto * (1 + 1e-9)
-        return Arm(self.lr, self.exposure[keep], self.losses[keep].mean(axis=2), self.diverged)
+    def arm(self) -> Arm:
+        """For the analysis: losses averaged over draws."""
+        return Arm(self.lr, self.exposure, self.losses.mean(axis=2), self.diverged)
+
+    def upto(self, exposure: float) -> Measured:
+        """Its points up to some exposure."""
+        keep = self.exposure <= exposure * (1 + 1e-9)
+        return dataclasses.replace(self, steps=self.steps[keep], exposure=self.exposure[keep], losses=self.losses[keep])
 
 
 class Bench:

@@ -76,7 +76,8 @@ def optimizer_steps(
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
-        state.exposure += lr
+        if not accelerator.optimizer_step_was_skipped:  # fp16: a gradient that overflowed has moved nothing
+            state.exposure += lr
         yield StepResult(state.step, lr, loss_value, grad_norm, state.exposure)
 
 

@@ -78,6 +78,14 @@ def read_inputs(loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: i
                 "validation.fraction", f"of {len(found)} images is none; raise it, or set 0 to train without validation"
             )
         )
+    if config.range_test.folds * len(split.validation) > len(found):
+        most = len(found) // len(split.validation)
+        problems.append(
+            loaded.problem(
+                "range_test.folds",
+                f"is {config.range_test.folds}: {len(split.validation)} of {len(found)} images held out each time leave {most} splits that do not overlap",
+            )
+        )
     if problems:
         raise ConfigError(problems)
     _refuse_leaks(split)

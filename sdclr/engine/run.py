@@ -80,6 +80,7 @@ class Run:
             if keep_base
         }
         self._untouched = True
+        self._first_scale = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
         prepared = self.accelerator.prepare(*self.modules.values())
         self.wrapped = dict(zip(self.modules, prepared if len(self.modules) > 1 else [prepared], strict=True))
         if "text_encoder" not in self.modules:
@@ -92,6 +93,8 @@ class Run:
         if inputs.split != self.inputs.split:
             other._encode()
             self.parts.vae.to("cpu")
+            if "text_encoder" not in self.modules:
+                self.parts.text_encoder.to("cpu")
         return other
 
     def _encode(self) -> None:
@@ -107,6 +110,8 @@ class Run:
     def fresh_state(self) -> TrainState:
         """The untouched base weights and a new optimizer."""
         assert self._base or self._untouched, "a second state needs keep_base"
+        if self.accelerator.scaler is not None:  # a scale that another state has found is not this one's
+            self.accelerator.scaler.load_state_dict(self._first_scale)
         self._untouched = False
         for name, weights in self._base.items():
             self.modules[name].load_state_dict(weights)

@@ -139,7 +139,7 @@ def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = (
             )
             low = min(checks, key=lambda r: r["loss"])
             bottom.plot(low["step"], low["loss"], "v", color=PALETTE[1], ms=10, label=f"lowest: step {low['step']}")
-        else:
+        elif steps:
             losses = np.array([r["loss"] for r in steps])
             width = max(1, len(losses) // 20)
             smooth = np.convolve(losses, np.ones(width) / width, mode="valid")

@@ -84,5 +84,8 @@ def test_one_bench_alone_is_itself():
 
 
 def test_more_splits_than_images_can_be_held_out_are_refused(loaded):
-    with pytest.raises(ConfigError, match=r"range_test\.folds.*at most 5; got 6"):
-        source.load(Path(loaded.source), ["range_test.folds=6"])
+    with pytest.raises(
+        ConfigError, match=r"range_test\.folds is 6: 2 of 10 images .* leave 5 splits that do not overlap"
+    ):
+        read_inputs(source.load(Path(loaded.source), ["range_test.folds=6"]))
+    assert read_inputs(source.load(Path(loaded.source), ["range_test.folds=5"]))
