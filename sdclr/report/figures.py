@@ -153,7 +153,8 @@ def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = (
         for mark in marks:
             bottom.axvline(mark, color=MUTED, lw=0.8, ls=":", label="kept state" if mark == marks[0] else None)
         bottom.set(xlabel="optimizer step", ylabel="loss")
-        bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=10)
+        if steps or checks:
+            bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=10)
         return _png(figure)
 
 
