@@ -85,7 +85,8 @@ def test_an_arm_whose_interval_is_unknown_at_one_end_is_drawn():
 
 
 @pytest.mark.parametrize(
-    ("steps", "checks", "marks"), [(50, True, [25, 50]), (1, True, [1]), (50, False, []), (1, False, [1]), (0, False, [])]
+    ("steps", "checks", "marks"),
+    [(50, True, [25, 50]), (1, True, [1]), (50, False, []), (1, False, [1]), (0, False, [])],
 )
 def test_a_runs_curves_are_a_png_of_1210_by_704_pixels(steps, checks, marks):
     assert decoded(figures.training(records(steps, checks), "a run: triangular", marks)).size == (1210, 704)
