@@ -89,7 +89,7 @@ def test_a_bad_config_exits_with_2_and_names_every_place_on_stderr_alone(
     assert found.stdout == ""
     assert found.stderr.splitlines() == [
         f"error: {bad}:1:16: run.sead is not a known key; did you mean seed?",
-        f"error: {bad}:4:9: batch.size must be at least 1; got 0",
+        f"error: {bad}:4:9: batch.size must be at least 1 or auto; got 0",
         "",
         f"hint: see every key with its meaning: sdclr init --stdout; then: sdclr check {bad}",
     ]

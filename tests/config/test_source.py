@@ -113,7 +113,7 @@ def test_a_byte_order_mark_and_any_line_ends_change_no_value_and_no_place(
     sound = SOUND.replace("\n", end).encode()
     assert read(mark + sound).config == read(SOUND).config
     assert problems(mark + sound + f"batch: {{size: 0}}{end}".encode()) == [
-        "c.yaml:4:9: batch.size must be at least 1; got 0"
+        "c.yaml:4:9: batch.size must be at least 1 or auto; got 0"
     ]
     assert problems(mark + b"runs: 3" + end.encode() + sound)[0].startswith(
         "c.yaml:1:1: runs is not a known key; did you mean run?"
@@ -206,7 +206,7 @@ def test_every_problem_of_a_set_is_shown_as_the_set_and_before_the_files(problem
         "run.nam=4", "validation.fraction=2", "run.name.first=3", "foo", "=3", "train.steps=[", "optimizer={name: adamw, etas: 3}",
         "loss.noise_offset=1\nloss.min_snr_gamma: 5",
     )  # fmt: skip
-    assert found[-1] == "c.yaml:4:9: batch.size must be at least 1; got 0"
+    assert found[-1] == "c.yaml:4:9: batch.size must be at least 1 or auto; got 0"
     assert set(found[:-1]) == {
         "--set run.nam=4: run.nam is not a known key; did you mean name?",
         "--set validation.fraction=2: validation.fraction must be less than 1; got 2",
