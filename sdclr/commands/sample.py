@@ -71,7 +71,8 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
     settings = (base, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
-    missing = [cell for cell in wanted if not _readable(paths[cell])]
+    # By path, because two columns may hold the same weights: the best state is often a trough.
+    missing = list({paths[cell]: cell for cell in reversed(wanted) if not _readable(paths[cell])}.values())
     if missing:
         with console.progress("drawing", len(missing)) as bar:
             painter = _Painter(config)

@@ -122,7 +122,9 @@ def test_cells_stand_in_the_grid_in_the_order_of_rows_and_columns(path):
 
 def test_a_second_call_draws_nothing_and_only_missing_cells_are_drawn_again(path, calls):
     sample(path)
-    assert len(calls) == 4 * 4
+    assert (
+        len(calls) == len(list((samples(path) / "cells").glob("*.png"))) == 3 * 4
+    )  # the best state is the last trough
     before = (samples(path) / "grid.png").read_bytes()
     calls.clear()
     sample(path)
@@ -156,10 +158,10 @@ def test_a_new_seed_draws_its_own_cells_alone_and_another_guidance_all(path, cal
     calls.clear()
     sample(path, ["sample.seeds=[1, 2, 3]"])
     assert sorted(set(calls)) == [("another disc", 3), ("disc", 3)]
-    assert len(calls) == 2 * 4
+    assert len(calls) == 2 * 3
     calls.clear()
     sample(path, ["sample.guidance=5"])
-    assert len(calls) == 4 * 4
+    assert len(calls) == 3 * 4
 
 
 def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_own(path, calls, model, tmp_path):
@@ -171,7 +173,7 @@ def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_
     file = other / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({k: v * 1.5 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
     sample(path, [f"model.base={other}"])
-    assert len(calls) == 4 * 4
+    assert len(calls) == 3 * 4
 
 
 def test_checkpoints_named_by_hand_are_the_columns_beside_the_base(path, tmp_path):
