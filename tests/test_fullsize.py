@@ -1,4 +1,4 @@
-"""One training step of the true SD 1.5 UNet, on the CPU: the shape is right, and it fits into 20 GiB."""
+"""One training step of the true SD 1.5 UNet, on the CPU: the shape is right, it fits into 20 GiB, and its state can be saved."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+from sdclr.engine.checkpoint import FULL, save, verify
 from sdclr.engine.loop import TrainState, optimizer_steps
 from sdclr.model.objective import predict, squared_error
 
 
 @pytest.mark.fullsize
-def test_one_adamw_step_of_sd_1_5_at_256_pixels_with_gradient_checkpointing_stays_below_20_gib():
+def test_one_adamw_step_of_sd_1_5_at_256_pixels_stays_below_20_gib_and_its_state_is_saved(tmp_path):
     torch.manual_seed(0)
     # the config of stable-diffusion-v1-5's UNet; the weights are random
     unet = UNet2DConditionModel(
@@ -46,3 +47,16 @@ def test_one_adamw_step_of_sd_1_5_at_256_pixels_with_gradient_checkpointing_stay
     # AdamW's first step moves each weight by its rate, whatever the gradient's size
     assert moved.max().item() == pytest.approx(1e-6, rel=0.1)
     assert peak <= 20
+
+    started = time.monotonic()
+    kept = save(tmp_path, FULL, state, {"unet": unet}, {"kappa": None})
+    seconds, size = (
+        time.monotonic() - started,
+        sum(file.stat().st_size for file in kept.path.rglob("*") if file.is_file()),
+    )
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"saved {size / 2**30:.1f} GiB, synced and with its sha256, in {seconds:.0f} s; peak memory {peak:.1f} GiB")
+    started = time.monotonic()
+    assert verify(kept) == []
+    print(f"verified in {time.monotonic() - started:.0f} s")
+    assert size > 3 * 4 * 859_520_964  # weights and two moments, fp32
