@@ -66,9 +66,12 @@ def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
                 f"{names}: {len(paths)} pictures of one name share one caption file: rename or remove all but one"
             )
             continue
-        found += _unusable(folder, paths[0])
+        key = _key(folder, paths[0])
+        problem = _unusable(paths[0], key)
+        if problem:
+            found.append(f"{_shown(folder, paths[0])}: {problem}")
         caption = _caption(folder, paths[0], captions.get(stem, []), default_caption, found)
-        pairs.append(Pair(paths[0], _key(folder, paths[0]), caption))
+        pairs.append(Pair(paths[0], key, caption))
     if not images and not found:
         found.append(
             f"{folder}: holds no pictures (looked for {', '.join(sorted(Image.registered_extensions())[:8])}, ...)"
@@ -149,35 +152,34 @@ def _not_our_file(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "is not a file"
 
 
-def _unusable(folder: Path, path: Path) -> list[str]:
+def _unusable(path: Path, key: str) -> str | None:
     """What the header already shows to be wrong with a picture."""
-    name = _shown(folder, path)
-    if any("\ud800" <= c <= "\udfff" for c in _key(folder, path)):
-        return [f"{name}: has a name that is not UTF-8; rename it"]
+    if any("\ud800" <= c <= "\udfff" for c in key):
+        return "has a name that is not UTF-8; rename it"
     try:
         if path.stat().st_size == 0:
-            return [f"{name}: is empty (0 bytes)"]
+            return "is empty (0 bytes)"
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own, clearer limit follows
         try:
             with Image.open(path) as image:
                 width, height = image.size
                 if image.format == "EPS":
-                    return [f"{name}: is a PostScript program, which is never run; save it as PNG"]
+                    return "is a PostScript program, which is never run; save it as PNG"
                 # MPO is a photo with a preview or a second eye beside it, as many phones write under .jpg: its first frame is the photo.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # Pillow's decoders raise many kinds: each means that this file cannot be read
-        return [f"{name}: cannot be read as a picture ({_reason(error)})"]
+        return f"cannot be read as a picture ({_reason(error)})"
     if width * height > MAX_PIXELS:
-        return [f"{name}: is {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller"]
+        return f"is {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller"
     if min(width, height) < MIN_SIDE:
-        return [f"{name}: is only {width}×{height} pixels; a picture needs at least {MIN_SIDE} on its shorter side"]
+        return f"is only {width}×{height} pixels; a picture needs at least {MIN_SIDE} on its shorter side"
     if max(width, height) > MAX_ASPECT * min(width, height):
-        return [f"{name}: is {width}×{height} pixels, a strip more than {MAX_ASPECT} times as long as wide; cut it"]
+        return f"is {width}×{height} pixels, a strip more than {MAX_ASPECT} times as long as wide; cut it"
     if frames > 1:
-        return [f"{name}: is animated ({frames} frames); save the frame you mean as a picture"]
-    return []
+        return f"is animated ({frames} frames); save the frame you mean as a picture"
+    return None
 
 
 def _caption(folder: Path, image: Path, files: list[Path], default: str | None, found: list[str]) -> str:
@@ -189,29 +191,34 @@ def _caption(folder: Path, image: Path, files: list[Path], default: str | None, 
         if not caption and default is None:
             found.append(f"{_shown(folder, image)}: has no caption file, and a name that says nothing")
         return caption
-    name = _shown(folder, files[0])
-    try:
-        if files[0].stat().st_size > MAX_CAPTION_BYTES:
-            found.append(f"{name}: is {files[0].stat().st_size:,} bytes long, and a caption is a few sentences")
-            return ""
-        text = files[0].read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        found.append(f"{name}: is not UTF-8 text (byte {error.start}); save it as UTF-8")
-        return ""
-    except OSError as error:
-        found.append(f"{name}: cannot be read ({_reason(error)})")
-        return ""
-    caption = _one_line(text)
-    if "\0" in text:
-        found.append(f"{name}: holds NUL characters; is it a text file saved as UTF-8?")
-    elif not caption:
-        found.append(f"{name}: is an empty caption; write one, or remove the file to use the picture's name")
+    caption, problem = _read_caption(files[0])
+    if problem:
+        found.append(f"{_shown(folder, files[0])}: {problem}")
     return caption
+
+
+def _read_caption(file: Path) -> tuple[str, str | None]:
+    """A caption file's text in one line, and what is wrong with it."""
+    try:
+        size = file.stat().st_size
+        if size > MAX_CAPTION_BYTES:
+            return "", f"is {size:,} bytes long, and a caption is a few sentences"
+        text = file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        return "", f"is not UTF-8 text (byte {error.start}); save it as UTF-8"
+    except OSError as error:
+        return "", f"cannot be read ({_reason(error)})"
+    if "\0" in text:
+        return "", "holds NUL characters; is it a text file saved as UTF-8?"
+    caption = _one_line(text)
+    return caption, None if caption else "is an empty caption; write one, or remove the file to use the picture's name"
 
 
 def _one_line(text: str) -> str:
     """Text with control characters and runs of space as single spaces."""
-    return " ".join("".join(" " if unicodedata.category(c) == "Cc" else c for c in text).split())
+    if not text.isprintable():
+        text = "".join(" " if unicodedata.category(c) == "Cc" else c for c in text)
+    return " ".join(text.split())
 
 
 def _reason(error: Exception) -> str:

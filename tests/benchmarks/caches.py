@@ -76,7 +76,7 @@ def read(config: Path) -> dict[str, float]:
         return parts
 
     components.load = timed_load
-    run.TensorCache.put = lambda self, key, tensors: (written.append(key), put(self, key, tensors))[1]
+    run.TensorCache.put = lambda self, entries: (written.extend(entries), put(self, entries))[1]
     marks = [time.perf_counter()]
     loaded = source.load(config)
     inputs = read_inputs(loaded)

@@ -1,5 +1,6 @@
-"""The truth about a case, by brute force: constant rates over more than two decades, several training seeds, each to three times
-the best exposure, judged on 64 held-out pictures that no user would have.
+"""The truth about a case, by brute force: at least nine constant rates from a quarter of the ceiling to several times it, several
+training seeds, each to three times the best exposure (or until it has surely passed its own), judged on 64 held-out pictures that no
+user would have.
 
     best loss of a rate   the lowest point of its curve, averaged over seeds
     gain                  untouched loss − the lowest best loss of all rates
@@ -11,7 +12,7 @@ the best exposure, judged on 64 held-out pictures that no user would have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,20 +21,22 @@ from stage import Judge, Place, log_points
 from sdclr.lr.schedule import exponential_ramp
 
 TOLERANCE, SCREEN, BROKEN = 0.10, (1e-7, 10.0, 33), 1.05
+LOWEST, HIGHEST = 4, 6
+"""The rates go from the ceiling over the first to the ceiling times the second."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
     """How much brute force: rates a decade and in all, training seeds, the longest arm in steps, and points on each curve."""
 
-    per_decade: int = 4
+    per_decade: int = 6
     rates: int = 9
     seeds: int = 3
     cap: int = 3000
     points: int = 14
 
 
-QUICK = Effort(per_decade=2, rates=5, seeds=1, cap=500, points=9)
+QUICK = Effort(per_decade=3, rates=5, seeds=1, cap=500, points=9)
 
 
 def find(place: Place, effort: Effort) -> dict[str, Any]:
@@ -56,20 +59,24 @@ def find(place: Place, effort: Effort) -> dict[str, Any]:
         name = f"truth-{lr:.3e}-seed-{seed}-{last}"
         return place.piece(
             name,
-            lambda: judge(seed).curve(name, lambda step: lr, last, _points(span, lr, last, effort.points)),
+            lambda: judge(seed).curve(
+                name, lambda step: lr, last, _points(span, lr, last, effort.points), _passed(base)
+            ),
             [span, lr, effort.points],
         )
 
     factor = 10 ** (1 / effort.per_decade)
-    rates = [top / factor**k for k in range(effort.rates)]
-    for _ in range(2 * effort.per_decade):  # the ceiling must lie inside, with slow rates well below it
+    rates = [top]
+    while len(rates) < 6 * effort.per_decade:  # down to well below the ceiling: fast rates cost little
         found = analyse(base, [(lr, [arm(lr, 0)]) for lr in sorted(rates)], span)
-        if found["ceiling"] is None and found["gain"] > 0:
-            rates.append(max(rates) * factor)
-        elif found["ceiling"] and min(rates) > found["ceiling"] / 8 and span / min(rates) < 3 * effort.cap:
-            rates.append(min(rates) / factor)
-        else:
+        below = found["ceiling"] and rates[-1] <= found["ceiling"] / LOWEST
+        if (below and len(rates) >= effort.rates) or span / rates[-1] > 3 * effort.cap:
             break
+        if found["ceiling"] is None and found["gain"] > 0 and len(rates) > effort.rates:
+            rates.insert(0, rates[0] * factor)  # nothing was too high yet
+        else:
+            rates.append(rates[-1] / factor)
+    rates = rates[-max(effort.rates, sum(lr <= HIGHEST * (found["ceiling"] or top) for lr in rates)) :]
     arms = {lr: [] for lr in sorted(rates)}
     for seed in range(effort.seeds):
         for lr in arms:
@@ -94,6 +101,16 @@ def _pilot(judge: Judge, lr: float, cap: int) -> dict[str, Any]:
     return judge.curve(f"pilot-{lr:.3e}", lambda step: lr, cap, log_points(cap, 2), enough)
 
 
+def _passed(base: float) -> Callable[[list[float], list[float]], bool]:
+    """Has the lowest loss surely been passed: twice its exposure, and a fifth of what was gained lost again?"""
+
+    def passed(exposure: list[float], losses: list[float]) -> bool:
+        lowest = int(np.argmin(losses))
+        return exposure[-1] >= 2 * exposure[lowest] and losses[-1] - losses[lowest] > 0.2 * (base - losses[lowest])
+
+    return passed
+
+
 def _points(span: float, lr: float, last: int, count: int) -> list[int]:
     """Steps at which the exposure has grown by equal factors; the same exposures for every rate, as far as whole steps allow."""
     return sorted({min(last, max(1, round(s / lr))) for s in np.geomspace(span / 30, span, count)})
@@ -111,7 +128,9 @@ def analyse(base: float, arms: Sequence[tuple[float, Sequence[dict[str, Any]]]],
     slow = sorted(slow, key=lambda row: row["best_loss"])[:3] or [min(rows, key=lambda row: row["best_loss"])]
     lowest = slow[0]
     flat = [
-        s for s, v in zip(lowest["exposure"], lowest["losses"], strict=True) if v <= lowest["best_loss"] + 0.02 * gain
+        s
+        for s, v in zip(lowest["exposure"], lowest["losses"], strict=True)
+        if v <= lowest["best_loss"] + 0.02 * max(gain, 0.0)
     ]
     return {
         "base": base,

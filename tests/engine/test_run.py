@@ -172,9 +172,9 @@ def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_aga
     encoded = []
     original = TensorCache.put
 
-    def counting(cache, key, tensors):
-        encoded.append(key)
-        original(cache, key, tensors)
+    def counting(cache, entries):
+        encoded.extend(entries)
+        original(cache, entries)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorCache, "put", counting)
