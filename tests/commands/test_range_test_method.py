@@ -1,0 +1,79 @@
+"""The method of `sdclr range-test` on a model that follows a formula, so that the right answer is known exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sdclr.commands import range_test
+from sdclr.config.schema import RangeTestSection
+from sdclr.lr.bounds import analyse
+
+
+class Formula:
+    """Arms whose losses follow a formula: every rate walks one curve of exposure, and loses a share of the gain in proportion."""
+
+    best, ceiling, gain = 0.3, 1e-3, 0.4
+
+    def __init__(self):
+        self.steps = 0
+
+    def losses(self, exposure: float, lr: float) -> np.ndarray:
+        x = exposure / self.best
+        walked = 2 * x / (1 + x * x)  # 1 at the best exposure
+        images = np.linspace(0.08, 0.12, 5)[:, None]
+        return np.repeat(images * (1 - self.gain * walked * (1 - 0.1 * lr / self.ceiling)), 2, axis=1)
+
+    def base(self) -> np.ndarray:
+        return self.losses(0.0, 0.0)
+
+    def arm(self, name, lr, lr_at, enough, due=lambda steps, exposure: True):
+        from sdclr.engine.arms import Measured
+
+        rates, points, exposure = [], [], 0.0
+        while True:
+            rates.append(lr_at(len(rates)))
+            self.steps += 1
+            exposure += rates[-1]
+            if not due(len(rates), exposure):
+                continue
+            points.append((len(rates), exposure, self.losses(exposure, rates[-1])))
+            steps, exposures, losses = (np.array(column) for column in zip(*points))
+            arm = Measured(name, lr, steps, exposures, losses, np.array(rates))
+            if enough(arm):
+                return arm
+
+
+def bounds_of(found):
+    return analyse(found.base.mean(axis=1), found.reference.arm(), [arm.arm() for arm in found.arms])
+
+
+def test_the_ceiling_of_a_model_that_follows_a_formula():
+    bench = Formula()
+    found = range_test.measure(bench, RangeTestSection())
+    bounds = bounds_of(found)
+    # e(lr) − e(r) = 0.1 of what the reference gains: lr = ceiling + 0.9 r
+    expected = bench.ceiling + 0.9 * found.reference.lr
+    assert bounds.conclusive
+    assert bounds.ceiling.value == pytest.approx(expected, rel=0.05)
+    assert bounds.best_exposure.value == pytest.approx(bench.best, rel=0.05)
+    assert found.reference.lr <= bounds.ceiling.value / 2
+
+
+def test_a_reference_that_shows_itself_too_high_gives_way_to_a_lower_one(monkeypatch):
+    bench = Formula()
+    monkeypatch.setattr(range_test, "screen", lambda *args: (30 * bench.ceiling, 7 * 1.5 * bench.ceiling))
+    found = range_test.measure(bench, RangeTestSection())
+    low = 1.5 * bench.ceiling / 10**0.5
+    assert found.reference.lr == pytest.approx(low)
+    assert any(arm.lr == pytest.approx(1.5 * bench.ceiling) for arm in found.arms)
+    assert bounds_of(found).ceiling.value == pytest.approx(bench.ceiling + 0.9 * low, rel=0.05)
+
+
+def test_twice_the_arms_or_half_the_exposure_leave_the_ceiling_where_it_is():
+    plain, finer, shorter = (
+        bounds_of(range_test.measure(Formula(), RangeTestSection(**changed))).ceiling.value
+        for changed in ({}, {"arms_per_decade": 8}, {"test_exposure": 0.25})
+    )
+    assert abs(np.log10(finer / plain)) < 0.05
+    assert abs(np.log10(shorter / plain)) < 0.05
