@@ -91,7 +91,7 @@ Place = Annotated[Path, AfterValidator(Path.expanduser)]
 class Section(BaseModel):
     """Base of all sections: frozen, strict about keys, defaults judged like values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
 
     @field_validator("*", mode="before")
     @classmethod

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from sdclr.errors import InputError, SdclrError
-from sdclr.report import console
 
 T = TypeVar("T")
 
@@ -100,6 +99,8 @@ def join() -> Processes:
     together = count()
     if together == 1:
         if "MASTER_ADDR" in os.environ and "ACCELERATE_MIXED_PRECISION" in os.environ:
+            from sdclr.report import console
+
             console.warn(
                 "accelerate launch was asked for several processes and started one, as it does with --cpu; "
                 "several on CPUs: torchrun --nproc-per-node 2 -m sdclr ..."
@@ -116,6 +117,8 @@ def join() -> Processes:
             f"{together} processes were started, and accelerate joins {state.num_processes} on {state.device}",
             hint="start them with accelerate launch or torchrun; on CPUs set ACCELERATE_USE_CPU=true",
         )
+    from sdclr.report import console
+
     console.muted = state.process_index > 0
     return Processes(state.process_index, state.num_processes)
 

@@ -1,4 +1,7 @@
-"""What the terminal shows. stdout carries results that someone may pipe; everything else goes to stderr."""
+"""What the terminal shows. stdout carries results that someone may pipe; everything else goes to stderr.
+
+Tables and bars are imported when they are first shown: help and a mistake in the config need neither.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
 
 from sdclr.errors import SdclrError
 
 if TYPE_CHECKING:
     import numpy as np
+    from rich.progress import Progress
 
 console = Console(stderr=True, highlight=False)
 quiet = False
@@ -58,6 +60,8 @@ def table(rows: Iterable[Sequence[Any]], header: Sequence[str] = (), title: str 
     """A small table, to stderr; the first column names, the others are numbers or words. No cell is cut: a narrow terminal folds it."""
     if quiet or muted:
         return
+    from rich.table import Column, Table
+
     grid = Table(
         *(Column(head, overflow="fold") for head in header),
         title=title,
@@ -86,6 +90,15 @@ def paragraphs(text: Iterable[tuple[str, str]]) -> None:
 @contextmanager
 def progress(what: str, total: int | None, done: int = 0) -> Iterator[Bar]:
     """A progress bar with time left and a line of numbers."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
     columns = (
         TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
         TimeElapsedColumn(), TimeRemainingColumn(),

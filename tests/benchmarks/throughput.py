@@ -4,6 +4,7 @@
     python tests/benchmarks/throughput.py                         # the demo model at batch 1, 4 and 16
     python tests/benchmarks/throughput.py --full-size             # one step of the true SD 1.5 shape at 256 pixels (20 GiB)
     python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
+    python tests/benchmarks/throughput.py --startup               # help, a config error, the first step
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
     python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB)
     make bench
@@ -23,6 +24,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,12 @@ class Setting:
 
 
 class Contestant:
-    """A contestant's process."""
+    """A contestant's process; `warm` leaves it what an earlier one has cached."""
 
-    def __init__(self, kind: str, setting: Setting, batch: int, work: Path, *more: str):
+    def __init__(self, kind: str, setting: Setting, batch: int, work: Path, *more: str, warm: bool = False):
         folder = work / f"{kind}-{batch}"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        shutil.rmtree(folder / "runs" / f"bench-{batch}" if warm else folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, str(Path(__file__).with_name("contestants.py")), kind]
         for name in ("model", "images", "resolution", "vae_factor", "device"):
             command += [f"--{name.replace('_', '-')}", str(getattr(setting, name))]
@@ -242,6 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few and short rounds: numbers of no worth")
     parser.add_argument("--full-size", action="store_true", help="the true SD 1.5 shape, one step at 256 pixels")
+    parser.add_argument(
+        "--startup", action="store_true", help="instead: how long help, a config error and the first step take"
+    )
     parser.add_argument("--caches", action="store_true", help="instead: how long many pictures take to be read")
     parser.add_argument("--memory", action="store_true", help="instead: memory as foretold and as used")
     parser.add_argument("--pictures", type=int, default=10_000, help="with --caches")
@@ -250,7 +255,23 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="for models, runs and results")
     args = parser.parse_args()
     args.work = args.work.resolve()
-    if args.caches:
+    if args.startup:
+        import startup
+
+        setting = setting_of(args)
+
+        def first_step() -> float:
+            started = time.perf_counter()
+            contestant = Contestant("sdclr", setting, 4, args.work, warm=True)
+            contestant.round(1)
+            seconds = time.perf_counter() - started
+            contestant.end()
+            return seconds
+
+        found = startup.measure(setting.model, args.work / "startup", first_step, 3 if args.quick else 9)
+        result = {"machine": machine(args.device), **found}
+        text, name = startup.markdown(result), "startup"
+    elif args.caches:
         import caches
 
         result = {"machine": machine(args.device), **caches.measure(args.work, 500 if args.quick else args.pictures)}
