@@ -3,9 +3,9 @@
 1. Measure the untouched model on the held-out images.
 2. Screen: one fast exponential ramp, to find the rate at which things break. It places the grid and decides nothing else.
 3. Reference arm: a low constant rate until the held-out loss has passed its minimum. It gives the best exposure S*.
-4. Arms from the top of the grid down, each from the untouched weights with a fresh optimizer and the same batches, noise and
+4. Anchor: a slower arm, to see that the reference itself is not already too high.
+5. Arms from the top of the grid down, each from the untouched weights with a fresh optimizer and the same batches, noise and
    timesteps by step, each to the same exposure. They give the ceiling.
-5. A ceiling that is not well above the reference shows that the reference was too high itself: a lower one, and the arms again.
 """
 
 from __future__ import annotations
@@ -44,11 +44,6 @@ BROKEN = 1.05
 """The ramp has broken the model when the held-out loss exceeds the untouched one by this factor."""
 CLOSING_SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Where along its exposure an arm is measured; the last five are its closing points."""
-SPACING, PASSED = 1.25, 1.5
-"""The reference is measured each time its exposure has grown by the first factor, and ends at its minimum's times the second."""
-WELL_BELOW, REFERENCES = 2.0, 3
-"""How far the reference must lie below the ceiling. What a rate costs is proportional to it (the bench's truth says so over a
-factor of seven), so a reference that is less far below hides half of what it should show. And how many references are tried."""
 
 
 def range_test(
@@ -111,7 +106,7 @@ class Findings:
 
 
 def measure(bench: Pool, settings: RangeTestSection) -> Findings:
-    """Screen, reference, arms; with a lower reference again where the first was too high."""
+    """Screen, reference, anchor, arms."""
     from sdclr.engine.arms import OutOfTime
 
     found = Findings()
@@ -119,18 +114,11 @@ def measure(bench: Pool, settings: RangeTestSection) -> Findings:
         found.base = bench.base()
         top, scale = screen(bench, found.base, settings)
         lowest = settings.lr[0] if settings.lr else 0.0
-        lr = max(min(top / 10, scale / 7), lowest)
-        for _ in range(REFERENCES):
-            found.reference, before = reference(bench, lr), found.reference
-            if not len(found.reference.exposure):
-                return found
-            found.arms = []
-            _descend(bench, found, top, settings)
-            if before and all(abs(math.log(a.lr / before.lr)) > 0.01 for a in found.arms):
-                found.arms.append(before.upto(_target(found, settings)))
-            if lr <= lowest or not _too_high(found, settings):
-                break
-            lr = max(lr / math.sqrt(10), lowest)
+        found.reference = reference(bench, max(min(top / 10, scale / 10), lowest))
+        if not len(found.reference.exposure):
+            return found
+        _anchor(bench, found, settings)
+        _descend(bench, found, top, settings)
     except OutOfTime:
         found.stopped = True
     return found
@@ -165,10 +153,10 @@ def reference(bench: Pool, lr: float) -> Measured:
     def past_minimum(arm: Measured) -> bool:
         lowest = int(np.argmin(arm.means))
         return len(arm.means) >= 6 and bool(
-            arm.exposure[-1] >= PASSED * arm.exposure[lowest] and arm.means[-1] > arm.means[lowest]
+            arm.exposure[-1] >= 1.6 * arm.exposure[lowest] and arm.means[-1] > arm.means[lowest]
         )
 
-    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, SPACING))
+    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, 1.3))
 
 
 def _target(found: Findings, settings: RangeTestSection) -> float:
@@ -178,14 +166,24 @@ def _target(found: Findings, settings: RangeTestSection) -> float:
     return min(best * settings.test_exposure, float(found.reference.exposure[-1]))  # beyond: nothing to compare with
 
 
-def _too_high(found: Findings, settings: RangeTestSection) -> bool:
-    """Is the reference itself not well below the ceiling that it shows?"""
+def _anchor(bench: Pool, found: Findings, settings: RangeTestSection) -> None:
+    """If a slower arm is surely better than the reference, the reference was itself too high: a lower one takes its place."""
     assert found.base is not None and found.reference is not None
-    arms = [a.arm() for a in found.arms if len(a.exposure) or a.diverged]
-    ceiling = analyse(
-        found.base.mean(axis=1), found.reference.arm(), arms, settings.tolerance, settings.raggedness
-    ).ceiling
-    return ceiling is not None and ceiling.value < WELL_BELOW * found.reference.lr
+    target = _target(found, settings)
+    nearby = found.reference.exposure[: len(CLOSING_SHARES)][-1]  # where S* comes early, as far as there are points
+    slow = _arm(bench, found.reference.lr / math.sqrt(10), max(target / 4, nearby))
+    if not len(slow.exposure):
+        found.arms.append(slow)
+        return
+    base, fast = found.base.mean(axis=1), found.reference.upto(slow.exposure[-1]).arm()
+    surely_better = (
+        len(fast.exposure) and judge(base, slow.arm(), fast, settings.tolerance, math.inf).low > settings.tolerance
+    )
+    if surely_better:
+        found.arms.append(found.reference.upto(target))
+        found.reference = reference(bench, slow.lr)
+    else:
+        found.arms.append(slow)
 
 
 def _descend(bench: Pool, found: Findings, top: float, settings: RangeTestSection) -> None:

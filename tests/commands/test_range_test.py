@@ -196,7 +196,7 @@ def test_a_longer_reference_is_longer_though_a_shorter_one_is_kept(copied):
     before = result_of(copied)["reference"]
     run(copied, "range_test.max_steps=60")
     after = result_of(copied)["reference"]
-    assert after["steps"] > before["steps"] == 40
+    assert after["lr"] == before["lr"] and after["steps"] > before["steps"] == 40
 
 
 def test_a_grid_set_by_hand_is_screened_though_another_screen_is_kept(copied):

@@ -57,17 +57,6 @@ def test_the_ceiling_of_a_model_that_follows_a_formula():
     assert bounds.conclusive
     assert bounds.ceiling.value == pytest.approx(expected, rel=0.05)
     assert bounds.best_exposure.value == pytest.approx(bench.best, rel=0.05)
-    assert found.reference.lr <= bounds.ceiling.value / 2
-
-
-def test_a_reference_that_shows_itself_too_high_gives_way_to_a_lower_one(monkeypatch):
-    bench = Formula()
-    monkeypatch.setattr(range_test, "screen", lambda *args: (30 * bench.ceiling, 7 * 1.5 * bench.ceiling))
-    found = range_test.measure(bench, RangeTestSection())
-    low = 1.5 * bench.ceiling / 10**0.5
-    assert found.reference.lr == pytest.approx(low)
-    assert any(arm.lr == pytest.approx(1.5 * bench.ceiling) for arm in found.arms)
-    assert bounds_of(found).ceiling.value == pytest.approx(bench.ceiling + 0.9 * low, rel=0.05)
 
 
 def test_twice_the_arms_or_half_the_exposure_leave_the_ceiling_where_it_is():
