@@ -228,6 +228,7 @@ def ceilings() -> str:
 def setting_of(args: argparse.Namespace) -> Setting:
     """What the command line asks to be measured."""
     rounds, seconds = (3, 0.5) if args.quick else (15, 4.0)
+    rounds = args.rounds or rounds
     if args.device == "cpu" and not args.full_size:
         batches = args.batches or ((1, 4) if args.quick else (1, 4, 16))
         return Setting(ROOT / "data/tiny-sd", ROOT / "data/mochi", 64, 4, batches, "cpu", rounds, seconds)
@@ -253,6 +254,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="for models, runs and results")
+    parser.add_argument("--rounds", type=int, help="rounds of each contestant [15; --quick: 3]")
     args = parser.parse_args()
     args.work = args.work.resolve()
     if args.startup:
@@ -287,6 +289,7 @@ def main() -> None:
         result = {"machine": machine(args.device), "batches": {}}
         for batch in setting.batches:
             result["batches"][str(batch)] = train(setting, batch, args.work)
+            print(markdown(result), flush=True)  # a bench that is cut short has shown what it found
         if not args.full_size:
             result["validation"] = validate(setting, args.work)
         text, name = markdown(result), f"throughput-{args.device}{'-full-size' if args.full_size else ''}"
