@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import DataError, InputError
 from sdclr.model import components
 from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
+from sdclr.report import console
 from sdclr.seeding import generator
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}
@@ -56,7 +57,6 @@ class Run:
         self,
         config: RunConfig,
         inputs: Inputs,
-        progress: Callable[[str, int], Callable[[], None]] | None = None,
         keep_base: bool = True,
     ):
         """Without `keep_base` no copy of the untouched weights is kept, and only one state can be had."""
@@ -66,9 +66,7 @@ class Run:
         self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
-        encoder = self._encoder = _Encoder(
-            config, self.parts, self.device, progress or (lambda what, total: lambda: None)
-        )
+        encoder = self._encoder = _Encoder(config, self.parts, self.device)
         self._encode()
         with self.accelerator.main_process_first():
             self.empty_context = None if encoder.trains_text else encoder.contexts([""])
@@ -232,8 +230,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
 class _Encoder:
     """Run the frozen encoders once for each picture, view and caption, through the cache on disk."""
 
-    def __init__(self, config: RunConfig, parts: components.Components, device: torch.device, progress):
-        self.config, self.parts, self.device, self.progress = config, parts, device, progress
+    def __init__(self, config: RunConfig, parts: components.Components, device: torch.device):
+        self.config, self.parts, self.device = config, parts, device
         self.trains_text = "text_encoder" in config.model.train
         self.cache = TensorCache(config.run.output_dir / ".cache")
         self.together = pictures_together(config.data.resolution)
@@ -254,8 +252,6 @@ class _Encoder:
 
     def _latents(self, pairs: tuple[Pair, ...], seen: list[View]) -> list[Entry]:
         c = self.config
-        advance = self.progress("encoding pictures", len(pairs) * len(seen))
-        self.parts.vae.to(self.device)
         keys: dict[str, tuple[Pair, View]] = {}
         order = []
         for pair in pairs:
@@ -266,32 +262,41 @@ class _Encoder:
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)
-        missing = [key for key in keys if key not in entries]
-        for _ in range(len(order) - len(missing)):
-            advance()
-        broken: dict[Path, str] = {}
+        missing = [(key, *keys[key]) for key in keys if key not in entries]
+        if missing:
+            entries |= self._encode_missing(missing)
+        return [entries[key] for key in order]
+
+    def _encode_missing(self, missing: list[tuple[str, Pair, View]]) -> dict[str, Entry]:
+        """Latents of what the cache does not have yet, by key. Raises DataError naming every picture that cannot be decoded."""
         made: dict[str, Entry] = {}
-        for first in range(0, len(missing), self.together):
-            pictures = {}
-            for key in missing[first : first + self.together]:
-                pair, view = keys[key]
-                try:
-                    pictures[key] = torch.from_numpy(pixels(pair, c.data.resolution, view, c.run.seed))
-                except Exception as error:  # Pillow's decoders raise many kinds; each means that this file is broken
-                    broken[pair.path] = str(error).splitlines()[0] if str(error) else type(error).__name__
-            for key, entry in zip(pictures, self._encode_together(list(pictures.values())), strict=True):
-                made[key] = entries[key] = entry
-                advance()
-            if len(made) >= PACK:
-                self.cache.put(made)
-                made = {}
-        self.cache.put(made)
+        unwritten: dict[str, Entry] = {}
+        broken: dict[Path, str] = {}
+        self.parts.vae.to(self.device)
+        with console.progress("encoding pictures", total=len(missing)) as bar:
+            for first in range(0, len(missing), self.together):
+                pictures = {}
+                for key, pair, view in missing[first : first + self.together]:
+                    try:
+                        pictures[key] = torch.from_numpy(
+                            pixels(pair, self.config.data.resolution, view, self.config.run.seed)
+                        )
+                    except (
+                        Exception
+                    ) as error:  # Pillow's decoders raise many kinds; each means that this file is broken
+                        broken[pair.path] = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    bar.advance()
+                unwritten |= zip(pictures, self._encode_together(list(pictures.values())), strict=True)
+                if len(unwritten) >= PACK or first + self.together >= len(missing):
+                    self.cache.put(unwritten)
+                    made |= unwritten
+                    unwritten = {}
         if broken:
             raise DataError(
                 [f"{printable(path)}: cannot be decoded: {what}" for path, what in broken.items()],
                 hint=f"{len(broken)} picture(s) are damaged: save them again or remove them; nothing was trained",
             )
-        return [entries[key] for key in order]
+        return made
 
     def _encode_together(self, pictures: list[torch.Tensor]) -> list[Entry]:
         """Latents of up to `together` pictures. A smaller group is filled up with copies: the last bits of a picture's latents

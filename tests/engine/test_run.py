@@ -166,11 +166,17 @@ def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_aga
     from tiny import make_pictures
 
     from sdclr.data.cache import TensorCache
+    from sdclr.report import console
 
     folder = make_pictures(tmp_path / "own", count=5)
     path = config(f"data: {{images: '{folder}', resolution: 32}}")
     encoded = []
-    original = TensorCache.put
+    original, bar = TensorCache.put, console.progress
+    counted = []
+
+    def shown(what, total, done=0):
+        counted.append(total)
+        return bar(what, total, done)
 
     def counting(cache, entries):
         encoded.extend(entries)
@@ -178,6 +184,7 @@ def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_aga
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TensorCache, "put", counting)
+        patch.setattr(console, "progress", shown)
         first = build(path)
         assert len(encoded) == 5 + 5 + 1  # pictures, captions, the empty caption
         again = build(path, "schedule.max_lr=2e-3")
@@ -186,6 +193,7 @@ def test_a_second_run_reads_the_cache_and_a_changed_picture_alone_is_encoded_aga
         Image.new("RGB", (32, 32), "red").save(folder / "picture-02.png")
         build(path)
         assert len(encoded) == 12
+    assert sum(counted) == 6  # a bar for what is encoded, none for what is found
 
 
 def test_pictures_that_cannot_be_decoded_are_all_named_before_anything_is_trained(tmp_path, config):
