@@ -28,13 +28,17 @@ MOCHI_SEED = 1234
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`subject` names who draws the pictures: mochi, style or object; `overrides` are what `--set` takes."""
+    """`subject` names who draws the pictures: mochi, style or object; `overrides` are what `--set` takes.
+
+    A `narrow` case is for the base of half the width (see narrow.py), whose steps take half the time.
+    """
 
     name: str
     subject: str = "mochi"
     pictures: int = 20
     overrides: tuple[str, ...] = ()
     base: Path = ROOT / "data" / "tiny-sd"
+    narrow: bool = False
 
 
 CASES = [
@@ -42,11 +46,12 @@ CASES = [
     Case("style", "style", 60),
     Case("object", "object", 8),
     Case("text-encoder", overrides=("model.train=[unet, text_encoder]",)),
-    Case("batch-1", overrides=("batch.size=1",)),
-    Case("batch-8", overrides=("batch.size=8",)),
-    Case("betas", overrides=("optimizer.betas=[0.8, 0.95]",)),
-    Case("adafactor", overrides=("optimizer.name=adafactor",)),
-    Case("sgd", overrides=("optimizer.name=sgd",)),
+    Case("narrow", narrow=True),
+    Case("batch-1", overrides=("batch.size=1",), narrow=True),
+    Case("batch-8", overrides=("batch.size=8",), narrow=True),
+    Case("betas", overrides=("optimizer.betas=[0.8, 0.95]",), narrow=True),
+    Case("adafactor", overrides=("optimizer.name=adafactor",), narrow=True),
+    Case("sgd", overrides=("optimizer.name=sgd",), narrow=True),
 ]
 
 

@@ -44,6 +44,7 @@ def narrow_base(folder: Path) -> Path:
         contexts = _read(pipeline, captions)
         empty = _read(pipeline, [""])
     pipeline.unet = _trained(pipeline.scheduler, clean, contexts, empty)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     pipeline.save_pretrained(partial)

@@ -27,6 +27,7 @@ import tables
 import trials
 import truth as truth_
 from cases import CASES, Case, prepare
+from narrow import narrow_base
 from stage import Place
 
 from sdclr.engine.folder import write_json
@@ -79,8 +80,9 @@ def main() -> None:
     parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls"])]
     found = []
     for case in chosen:
-        if args.base:
-            case = dataclasses.replace(case, base=args.base.resolve())
+        if args.base or case.narrow:
+            base = args.base or narrow_base(args.work / "narrow-sd")
+            case = dataclasses.replace(case, base=base.resolve())
         path = args.results / f"{case.name}{'-quick' if args.quick else ''}.json"
         work = args.work.resolve() / f"{case.name}-{model_fingerprint(str(case.base))[:8]}"
         found.append(run_case(case, work, depth, parts, path))
