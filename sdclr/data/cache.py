@@ -55,6 +55,7 @@ class TensorCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_file(pack, partial)
             partial.replace(path)
+            self._rows.pop(path, None)  # a damaged pack of the same name may have been here
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)

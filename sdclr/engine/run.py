@@ -278,12 +278,9 @@ class _Encoder:
                 pictures = {}
                 for key, pair, view in missing[first : first + self.together]:
                     try:
-                        pictures[key] = torch.from_numpy(
-                            pixels(pair, self.config.data.resolution, view, self.config.run.seed)
-                        )
-                    except (
-                        Exception
-                    ) as error:  # Pillow's decoders raise many kinds; each means that this file is broken
+                        array = pixels(pair, self.config.data.resolution, view, self.config.run.seed)
+                        pictures[key] = torch.from_numpy(array)
+                    except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
                         broken[pair.path] = str(error).splitlines()[0] if str(error) else type(error).__name__
                     bar.advance()
                 unwritten |= zip(pictures, self._encode_together(list(pictures.values())), strict=True)

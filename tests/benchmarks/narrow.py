@@ -36,10 +36,8 @@ def narrow_base(folder: Path) -> Path:
         latents = [pipeline.vae.encode(chunk).latent_dist.mean for chunk in pictures.split(64)]
         clean = torch.cat(latents) * pipeline.vae.config.scaling_factor
         captions = [p.caption for p in portraits]
-        for i, name in enumerate(
-            made_up_names(SEED, PICTURES)
-        ):  # a name in every second caption, as fine-tuning uses it
-            if i % 2:
+        for i, name in enumerate(made_up_names(SEED, PICTURES)):
+            if i % 2:  # a name in every second caption, as fine-tuning uses it
                 captions[i] = captions[i].replace("a person", name, 1)
         contexts = _read(pipeline, captions)
         empty = _read(pipeline, [""])

@@ -65,6 +65,7 @@ def test_a_pack_cut_short_counts_as_missing_and_is_written_anew(tmp_path: Path, 
     assert cache.get([A]) == {}
     cache.put({A: TENSORS})
     assert packs(tmp_path) == [pack]
+    assert same(cache.get([A])[A], TENSORS)
     assert same(TensorCache(tmp_path).get([A])[A], TENSORS)
 
 
