@@ -1,6 +1,7 @@
 """Several processes of the program as `torchrun` starts them, without its seconds of imports: forks of this one around one store.
 
-As torchrun does, the first to end in failure takes the others with it (SIGTERM, and SIGKILL when that does not help).
+As torchrun does, the first to end in failure takes the others with it (SIGTERM, and SIGKILL when that does not help); unlike it,
+after two seconds instead of at once, so that one that is ending by itself shows its own exit code.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 
 PATIENCE = 120
 """Seconds after which processes that have not ended are held to hang."""
+GRACE = 2
+"""Seconds that the others have to end by themselves after one has failed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _begin(rank: int, count: int, port: int) -> None:
 
 def _watch(started: list[int]) -> dict[int, int]:
     codes: dict[int, int] = {}
-    begun, failed = time.monotonic(), 0.0
+    begun, failed, terminated = time.monotonic(), 0.0, False
     while len(codes) < len(started):
         for pid in started:
             if pid in codes:
@@ -109,6 +112,8 @@ def _watch(started: list[int]) -> dict[int, int]:
         running = [pid for pid in started if pid not in codes]
         if any(codes.values()) and not failed:
             failed = time.monotonic()
+        if failed and not terminated and time.monotonic() - failed > GRACE:
+            terminated = True
             for pid in running:
                 os.kill(pid, signal.SIGTERM)
         if time.monotonic() - (failed or begun) > (30 if failed else PATIENCE):
