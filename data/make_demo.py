@@ -178,9 +178,9 @@ def bpe_merges(tokenizer: Tokenizer) -> list:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encode(vae: AutoencoderKL, pictures: torch.Tensor, build: Path = BUILD) -> tuple[torch.Tensor, torch.Tensor]:
     """Posterior mean and spread of every picture's latents, scaled as the UNet sees them."""
-    done = BUILD / "latents.safetensors"
+    done = build / "latents.safetensors"
     if not done.exists():
         parts = [vae.encode(chunk).latent_dist for chunk in track(pictures.split(64), "encoding")]
         factor = vae.config.scaling_factor
@@ -235,7 +235,9 @@ def tokens_of(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(captions, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
 
 
-def make_denoiser(tokenizer, text_encoder, portraits, latents, steps, name_steps):
+def make_denoiser(
+    tokenizer, text_encoder, portraits, latents, steps, name_steps, widths=(32, 64, 96), build: Path = BUILD
+):
     """Train text encoder and UNet together (ε-prediction, 10 % captions dropped); returns their moving averages.
 
     The last timestep keeps less of the picture than Stable Diffusion's does (ᾱ 0.0002 instead of 0.0047), and errors at high noise
@@ -256,7 +258,7 @@ def make_denoiser(tokenizer, text_encoder, portraits, latents, steps, name_steps
     )
     unet = UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(32, 64, 96),
+        block_out_channels=widths,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -272,7 +274,7 @@ def make_denoiser(tokenizer, text_encoder, portraits, latents, steps, name_steps
     optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     average = EMAModel(modules.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75)
     first = 0
-    saved = BUILD / "denoiser.pt"
+    saved = build / "denoiser.pt"
     if saved.exists():  # our own file, read with weights_only
         state = torch.load(saved, weights_only=True)
         modules.load_state_dict(state["modules"]), optimizer.load_state_dict(state["optimizer"])

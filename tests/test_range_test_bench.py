@@ -37,7 +37,8 @@ def test_the_truth_is_read_off_curves_that_know_it() -> None:
     t = found([1e-6 * 10 ** (i / 4) for i in range(9)])
     assert t["ceiling"] == pytest.approx(CEILING, rel=0.15)
     assert t["bracket"][0] <= CEILING <= t["bracket"][1]
-    assert t["best_exposure"] == pytest.approx(BEST, rel=0.03)
+    assert t["best_exposure"] == pytest.approx(BEST * np.exp(-np.sqrt(0.2)), rel=0.05)  # 0.02 · ln² = 0.02 · 0.2
+    assert t["lowest_at"] == pytest.approx(BEST, rel=0.15)
     assert t["flat"][0] <= BEST * 1.3 and t["flat"][1] >= BEST / 1.3
     assert t["gain"] == pytest.approx(0.2, rel=0.02)
 

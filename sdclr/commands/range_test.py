@@ -2,10 +2,10 @@
 
 1. Measure the untouched model on the held-out images.
 2. Screen: one fast exponential ramp, to find the rate at which things break. It places the grid and decides nothing else.
-3. Reference arm: a low constant rate until the held-out loss has passed its minimum. It gives the best exposure S*.
-4. Anchor: a slower arm, to see that the reference itself is not already too high.
-5. Arms from the top of the grid down, each from the untouched weights with a fresh optimizer and the same batches, noise and
+3. Reference arm: a low constant rate until its held-out loss has levelled off. It gives the best exposure S*.
+4. Arms from the top of the grid down, each from the untouched weights with a fresh optimizer and the same batches, noise and
    timesteps by step, each to the same exposure. They give the ceiling.
+5. A ceiling close above the reference's rate says that the reference was no slow one: a slower takes its place.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, judge
+from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, has_passed_best, judge
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
@@ -42,8 +42,12 @@ SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
 BROKEN = 1.05
 """The ramp has broken the model when the held-out loss exceeds the untouched one by this factor."""
-CLOSING_SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CLOSING_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Where along its exposure an arm is measured; the last five are its closing points."""
+LEAST_POINTS = 8
+"""Points that a reference arm has at least: its first ones, a few steps apart, may waver."""
+REFERENCES = 3
+"""How many references are tried at most, each √10 slower than the one before."""
 
 
 def range_test(
@@ -106,25 +110,33 @@ class Findings:
 
 
 def measure(bench: Pool, settings: RangeTestSection) -> Findings:
-    """Screen, reference, anchor, arms."""
+    """Screen, reference, arms; and again from a slower reference while the ceiling lies close above it."""
     from sdclr.engine.arms import OutOfTime
 
     found = Findings()
     try:
         found.base = bench.base()
-        top, scale = screen(bench, found.base, settings)
+        top, scale = screen(bench, settings)
         lowest = settings.lr[0] if settings.lr else 0.0
-        found.reference = reference(bench, max(min(top / 10, scale / 10), lowest))
-        if not len(found.reference.exposure):
-            return found
-        _anchor(bench, found, settings)
-        _descend(bench, found, top, settings)
+        lr, target = max(min(top, scale) / 10, lowest), math.inf
+        faster: list[Measured] = []
+        for _ in range(REFERENCES):
+            found.reference = reference(bench, lr)
+            if not len(found.reference.exposure):
+                break
+            target = min(target, _target(found, settings))  # the first one's, so that no arm is run twice
+            found.arms = [slow.upto(target) for slow in faster]
+            _descend(bench, found, top, target, settings)
+            too_fast = any(reason.code == "fast_reference" for reason in _bounds(found, settings).reasons)
+            lr, faster = max(lr / math.sqrt(10), lowest), [*faster, found.reference]
+            if not too_fast or lr >= found.reference.lr:
+                break
     except OutOfTime:
         found.stopped = True
     return found
 
 
-def screen(bench: Pool, base: np.ndarray, settings: RangeTestSection) -> tuple[float, float]:
+def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
     """The rate at which a fast ramp breaks the model, and the exposure at which the ramp's loss was lowest.
 
     The reference is placed from both: a tenth of the first, or lower where the second asks for finer steps.
@@ -133,8 +145,8 @@ def screen(bench: Pool, base: np.ndarray, settings: RangeTestSection) -> tuple[f
     steps = round(math.log10(high / low) * SCREEN[2]) + 1
 
     def broken(arm: Measured) -> bool:
-        rise = arm.losses[-1].mean(axis=1) - base.mean(axis=1)
-        return bool(rise.mean() > max(half_width(rise) / 2, (BROKEN - 1) * base.mean()))
+        rise = arm.rises[-1]
+        return bool(rise.mean() > max(half_width(rise) / 2, (BROKEN - 1) * arm.base.mean()))
 
     ramp = bench.arm(
         "screen",
@@ -148,72 +160,49 @@ def screen(bench: Pool, base: np.ndarray, settings: RangeTestSection) -> tuple[f
 
 
 def reference(bench: Pool, lr: float) -> Measured:
-    """The slow arm that the others are compared with, run until its loss has passed its minimum."""
-
-    def past_minimum(arm: Measured) -> bool:
-        lowest = int(np.argmin(arm.means))
-        return len(arm.means) >= 6 and bool(
-            arm.exposure[-1] >= 1.6 * arm.exposure[lowest] and arm.means[-1] > arm.means[lowest]
-        )
-
-    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, past_minimum, _log_spaced(4 * lr, 1.3))
+    """The slow arm that the others are compared with, run until its loss has levelled off."""
+    return bench.arm(
+        f"reference-{lr:.3e}",
+        lr,
+        lambda step: lr,
+        lambda a: len(a.means) >= LEAST_POINTS and has_passed_best(a.base.mean(axis=1), a.arm()),
+        _log_spaced(8 * lr, 1.3),
+    )
 
 
 def _target(found: Findings, settings: RangeTestSection) -> float:
     """The exposure that arms are compared at."""
     assert found.base is not None and found.reference is not None
-    best = best_exposure(found.base.mean(axis=1), found.reference.arm()).value
+    best = best_exposure(found.base.mean(axis=1), found.reference.arm(), resamples=0).value
     return min(best * settings.test_exposure, float(found.reference.exposure[-1]))  # beyond: nothing to compare with
 
 
-def _anchor(bench: Pool, found: Findings, settings: RangeTestSection) -> None:
-    """If a slower arm is surely better than the reference, the reference was itself too high: a lower one takes its place."""
+def _descend(bench: Pool, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
+    """Arms from the top of the grid down; the first admissible one ends it."""
     assert found.base is not None and found.reference is not None
-    target = _target(found, settings)
-    nearby = found.reference.exposure[: len(CLOSING_SHARES)][-1]  # where S* comes early, as far as there are points
-    slow = _arm(bench, found.reference.lr / math.sqrt(10), max(target / 4, nearby))
-    if not len(slow.exposure):
-        found.arms.append(slow)
-        return
-    base, fast = found.base.mean(axis=1), found.reference.upto(slow.exposure[-1]).arm()
-    surely_better = (
-        len(fast.exposure) and judge(base, slow.arm(), fast, settings.tolerance, math.inf).low > settings.tolerance
-    )
-    if surely_better:
-        found.arms.append(found.reference.upto(target))
-        found.reference = reference(bench, slow.lr)
-    else:
-        found.arms.append(slow)
-
-
-def _descend(bench: Pool, found: Findings, top: float, settings: RangeTestSection) -> None:
-    """Arms from the top of the grid down; two admissible ones in a row end it."""
-    assert found.base is not None and found.reference is not None
-    factor = 10 ** (1 / settings.arms_per_decade)
-    target = _target(found, settings)
-    lr, admissible = top, 0
-    while lr > found.reference.lr * factor**0.5 and admissible < 2:
+    base, reference, factor = found.base.mean(axis=1), found.reference.arm(), 10 ** (1 / settings.arms_per_decade)
+    lr = top
+    while lr > reference.lr * factor**0.5:
         found.arms.append(_arm(bench, lr, target))
-        verdict = judge(
-            found.base.mean(axis=1),
-            found.reference.arm(),
-            found.arms[-1].arm(),
-            settings.tolerance,
-            settings.raggedness,
-        )
-        admissible = admissible + 1 if verdict.verdict == "admissible" else 0
+        verdict = judge(base, reference, found.arms[-1].arm(), settings.tolerance, settings.raggedness)
+        if verdict.verdict == "admissible":
+            return
         lr /= factor
 
 
 def _arm(bench: Pool, lr: float, target: float) -> Measured:
-    """A constant-rate arm to the exposure `target`, measured along its way and closely at its end."""
+    """A constant-rate arm to the exposure `target`, measured closely at its end, or until it is surely worse than the untouched model."""
     last = max(1, math.ceil(target / lr - 1e-9))
     points = {max(1, round(share * last)) for share in CLOSING_SHARES}
+
+    def lost(arm: Measured) -> bool:
+        return bool(arm.rises[-1].mean() > half_width(arm.rises[-1]))
+
     return bench.arm(
         f"arm-{lr:.3e}-{last}",
         lr,
         lambda step: lr,
-        lambda a: a.steps[-1] >= last,
+        lambda a: a.steps[-1] >= last or lost(a),
         lambda step, s: step in points or step >= last,
     )
 
@@ -243,7 +232,7 @@ def _legacy(bench: Pool, kind: str, stop: StopRequest, config_path: Path) -> str
 
 def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
     """The field's single ramp: where its loss was lowest and the S* that this stands for; it cannot show a bound."""
-    top, _ = screen(bench, bench.base(), bench.config.range_test)
+    top, _ = screen(bench, bench.config.range_test)
     low, steps = top / 1000, max(2, min(steps, bench.config.range_test.max_steps))
     ramp = linear_ramp(0.0, top, steps) if kind == "linear" else exponential_ramp(low, top, steps)
     arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, lambda a: len(a.rates) >= steps, lambda step, s: step % 5 == 0)
@@ -267,13 +256,19 @@ def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
 # The result ---------------------------------------------------------------------------------------------------------------
 
 
+def _bounds(found: Findings, settings: RangeTestSection) -> Bounds:
+    """The analysis of what has been measured."""
+    assert found.base is not None and found.reference is not None
+    arms: list[Arm] = [a.arm() for a in found.arms if len(a.exposure) or a.diverged]
+    return analyse(found.base.mean(axis=1), found.reference.arm(), arms, settings.tolerance, settings.raggedness)
+
+
 def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """result.json: the analysis of whatever was measured."""
     settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
     if found.base is not None and found.reference is not None and len(found.reference.exposure):
-        arms: list[Arm] = [a.arm() for a in found.arms if len(a.exposure) or a.diverged]
-        bounds = analyse(found.base.mean(axis=1), found.reference.arm(), arms, settings.tolerance, settings.raggedness)
+        bounds = _bounds(found, settings)
     elif found.reference is not None:
         lower = "set the grid by hand, from lower rates: range_test.lr"
         bounds = dataclasses.replace(

@@ -1,6 +1,6 @@
 """`sdclr range-test --from curves.csv`: the same verdict, from curves that another program logged. Trains and writes nothing.
 
-The slowest rate whose loss has passed its minimum is the reference; every faster rate is an arm, read up to the exposure at which
+The slowest rate whose loss has levelled off is the reference; every faster rate is an arm, read up to the exposure at which
 the range test would have compared it.
 """
 
@@ -24,7 +24,7 @@ from sdclr.engine.fit import settle_batch
 from sdclr.engine.folder import SCHEMA
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import DataError, Inconclusive
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, best_exposure
+from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, best_exposure, has_passed_best
 from sdclr.report import console, page
 from sdclr.report.metrics import finite
 
@@ -75,17 +75,12 @@ def judge_curves(curves: Curves, settings: RangeTestSection) -> tuple[Bounds, Ar
     usable = [arm for arm in curves.arms if len(arm.exposure) and not arm.diverged]
     if not usable:
         raise DataError(["the curves show no arm whose losses stay finite"], hint="log slower rates")
-    reference = next((arm for arm in usable if _passed_minimum(arm)), max(usable, key=lambda a: float(a.exposure[-1])))
-    target = settings.test_exposure * best_exposure(curves.base, reference).value
+    passed = (arm for arm in usable if has_passed_best(curves.base, arm))
+    reference = next(passed, max(usable, key=lambda a: float(a.exposure[-1])))
+    target = settings.test_exposure * best_exposure(curves.base, reference, resamples=0).value
     arms = [_upto(arm, target) for arm in curves.arms if arm.lr > reference.lr]
     known = [arm for arm in arms if arm.diverged or arm.exposure[-1] <= reference.exposure[-1]]
     return analyse(curves.base, reference, known, settings.tolerance, settings.raggedness), reference
-
-
-def _passed_minimum(arm: Arm) -> bool:
-    """Whether the mean loss rises again after its lowest point."""
-    means = arm.losses.mean(axis=1)
-    return bool(int(np.argmin(means)) < len(means) - 1)
 
 
 def _upto(arm: Arm, target: float) -> Arm:

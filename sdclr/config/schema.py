@@ -328,7 +328,7 @@ class TrainSection(Section):
         "auto", description="800, or '200 epochs', or auto: from the range test and kappa"
     )
     kappa: Annotated[float, Field(gt=0, le=100)] = Field(
-        1.0, description="exposure wished, in units of the best one: below 1 faithful, above 2 'fried'"
+        1.0, description="exposure wished, in units of the best one: below 1 faithful, above 3 'fried'"
     )
     early_stop: Count | None = Field(None, description="stop after this many validations without a new best")
 

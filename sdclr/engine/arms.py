@@ -28,7 +28,7 @@ class OutOfTime(Exception):
 @dataclasses.dataclass
 class Measured:
     """An arm as it was run: the rate of every step, and at each measured point the steps done, the exposure, and the losses of
-    every draw (points, images, K)."""
+    every draw (points, images, K); `base` are the untouched model's (images, K)."""
 
     name: str
     lr: float
@@ -36,7 +36,14 @@ class Measured:
     exposure: np.ndarray
     losses: np.ndarray
     rates: np.ndarray
+    base: np.ndarray
     diverged: bool = False
+
+    @property
+    def rises(self) -> np.ndarray:
+        """By how much each image's loss exceeds the untouched model's, (points, images)."""
+        rises: np.ndarray = (self.losses - self.base).mean(axis=2)
+        return rises
 
     @property
     def means(self) -> np.ndarray:
@@ -85,7 +92,7 @@ class Bench:
                     "the untouched model's held-out loss is not finite, so nothing can be measured",
                     hint="set model.precision: fp32 (fp16 overflows with some models), or check the model with: sdclr check",
                 )
-            self.finished["base"] = Measured("base", 0.0, np.zeros(1), np.zeros(1), losses, np.zeros(0))
+            self.finished["base"] = Measured("base", 0.0, np.zeros(1), np.zeros(1), losses, np.zeros(0), losses[0])
         return self.finished["base"].losses[0]
 
     def arm(
@@ -101,6 +108,7 @@ class Bench:
         A finished arm is read from disk instead, unless these rates or this end would have made it another. Raises OutOfTime
         between measurements.
         """
+        self.base()
         if name not in self.finished:
             arm = self.run.processes.on_main(lambda: self._load(name, lr_at, enough))
             if arm:
@@ -157,9 +165,8 @@ class Bench:
     ) -> Measured:
         empty = np.empty((0, len(self.draws.keys), self.draws.per_image))
         losses = np.array([p[2] for p in points]) if points else empty
-        return Measured(
-            name, lr, np.array([p[0] for p in points]), np.array([p[1] for p in points]), losses, np.array(rates)
-        )
+        steps, exposure = np.array([p[0] for p in points]), np.array([p[1] for p in points])
+        return Measured(name, lr, steps, exposure, losses, np.array(rates), self.base())
 
     def _measure(self) -> np.ndarray:
         self.forwards += len(self.draws)
@@ -187,7 +194,7 @@ class Bench:
             return None
         arrays = {k: np.array(stored[k], dtype=float) for k in ("steps", "exposure", "losses", "rates")}
         arrays["losses"] = arrays["losses"].reshape(-1, len(self.draws.keys), self.draws.per_image)
-        arm = Measured(stored["name"], stored["lr"], diverged=stored["diverged"], **arrays)
+        arm = Measured(stored["name"], stored["lr"], base=self.base(), diverged=stored["diverged"], **arrays)
         same_rates = all(rate == lr_at(step) for step, rate in enumerate(arm.rates))
         ended = arm.diverged or len(arm.rates) >= self.config.range_test.max_steps or (len(arm.steps) and enough(arm))
         return arm if same_rates and ended else None

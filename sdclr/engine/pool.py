@@ -93,5 +93,6 @@ def pooled(arms: Sequence[Sequence[Measured]]) -> Measured:
     flat = [arm for row in arms for arm in row]
     count = min(len(arm.losses) for arm in flat)
     losses = np.concatenate([np.mean([arm.losses[:count] for arm in row], axis=0) for row in arms], axis=1)
+    base = np.concatenate([row[0].base for row in arms])
     first: dict[str, Any] = {"steps": flat[0].steps[:count], "exposure": flat[0].exposure[:count], "losses": losses}
-    return dataclasses.replace(flat[0], **first, diverged=any(arm.diverged for arm in flat))
+    return dataclasses.replace(flat[0], **first, base=base, diverged=any(arm.diverged for arm in flat))

@@ -5,6 +5,8 @@ same draws, with a *reference* arm whose rate is low: what differs then is the r
 function over arrays; losses may be of any scale.
 
     gain      G(S) = V(0) − V_ref(S), the reference's
+    S*        the least exposure at which the reference has all but 2 % of the most that it gains: the bottom of V is so flat that
+              a handful of images cannot place its minimum, and what lies between the two buys nothing but memorised pictures
     excess    e = [V_arm(S) − V_ref(S)] / G(S), a share of the gain; negative when the arm is better
     ragged    sd of the second differences of the arm's excess over its closing points, / √6
     ceiling   the rate at which the excess, fitted as a rising function of ln lr, crosses the tolerance
@@ -13,6 +15,7 @@ function over arrays; losses may be of any scale.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +25,14 @@ from sdclr.lr.paired import Difference, half_width, paired_difference
 
 CLOSING = 5
 """How many of an arm's last points its excess and raggedness are read from."""
+LEVEL = 0.02
+"""Share of the highest gain that S* forgoes."""
+PAST = 1.5
+"""An arm has shown its S* when it has gone this many times as far and gained nothing that would move it."""
+NEAR = 0.9
+"""Share of the highest gain from which on the points of a curve place its top."""
+SLOW = 2.0
+"""The ceiling must be this many times the reference's rate, or the reference's own excess hides too much of everybody's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +108,7 @@ def analyse(
     best = best_exposure(base, reference, resamples)
     at_best = losses_at(base, reference, best.value)
     gain = paired_difference(base, at_best)
-    reasons = _no_gain(base, gain) or [*_edge(reference, best)]
+    reasons = _no_gain(base, gain) or _edge(base, reference, best)
     if any(r.code == "no_gain" for r in reasons):
         return Bounds(None, None, gain, (), tuple(reasons))
     verdicts = tuple(judge(base, reference, arm, tolerance, raggedness) for arm in sorted(arms, key=lambda a: a.lr))
@@ -106,13 +117,18 @@ def analyse(
 
 
 def best_exposure(base: np.ndarray, reference: Arm, resamples: int = 500) -> Estimate:
-    """S* of the reference: the minimum of a parabola in ln S through the points around the lowest; interval by resampling images."""
-    curve = np.vstack([base, reference.losses])
-    s = np.concatenate([[reference.exposure[0] / 4], reference.exposure])
+    """S* of the reference, its interval by resampling images."""
+    gains = base - reference.losses
     draws = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
-    values = [_lowest(s, curve[:, pick].mean(axis=1)) for pick in draws]
-    low, high = np.quantile(values, [0.025, 0.975])
-    return Estimate(_lowest(s, curve.mean(axis=1)), float(low), float(high))
+    values = [_least_exposure(reference.exposure, gains[:, pick].mean(axis=1)) for pick in draws]
+    low, high = np.quantile(values, [0.025, 0.975]) if values else (math.nan, math.nan)
+    return Estimate(_least_exposure(reference.exposure, gains.mean(axis=1)), float(low), float(high))
+
+
+def has_passed_best(base: np.ndarray, arm: Arm) -> bool:
+    """Whether an arm has gone far enough beyond its S* to show it."""
+    best = _least_exposure(arm.exposure, (base - arm.losses).mean(axis=1))
+    return bool(arm.exposure[-1] >= PAST * best * (1 - 1e-9))
 
 
 def losses_at(base: np.ndarray, arm: Arm, exposure: float) -> np.ndarray:
@@ -189,6 +205,14 @@ def find_ceiling(
                 "hold out more images (validation.fraction), or more arms: range_test.arms_per_decade",
             )
         )
+    if value < SLOW * reference_lr:
+        reasons.append(
+            Reason(
+                "fast_reference",
+                f"the ceiling seems to be {value:.3g}, less than twice the slowest rate, {reference_lr:.3g}, which others are compared with",
+                "let the grid begin lower: range_test.lr",
+            )
+        )
     return Estimate(value, low, top), reasons
 
 
@@ -201,16 +225,30 @@ def _crossing(x: np.ndarray, y: np.ndarray, level: float) -> float:
     return float(x[above - 1] + np.clip(share, 0, 1) * (x[above] - x[above - 1]))
 
 
-def _lowest(s: np.ndarray, v: np.ndarray) -> float:
-    """argmin of a parabola in ln S through the lowest point and its neighbours; the point itself at an edge."""
-    i = int(np.argmin(v))
-    if i in (0, len(v) - 1):
+def _least_exposure(s: np.ndarray, gains: np.ndarray) -> float:
+    """Where the curve of gains first comes within LEVEL of its top, by a parabola in ln S through the points around the highest.
+
+    The highest point itself where nothing is gained; the first such point of the raw curve where the parabola has no top.
+    """
+    i = int(np.argmax(gains))
+    if gains[i] <= 0:
         return float(s[i])
-    near = slice(max(0, i - 2), i + 3)
-    a, b, _ = np.polyfit(np.log(s[near]), v[near], 2)
-    if a <= 0:
-        return float(s[i])
-    return float(np.exp(np.clip(-b / (2 * a), np.log(s[near][0]), np.log(s[near][-1]))))
+    near = slice(*_around(gains >= NEAR * gains[i], i))
+    x, y = np.log(s[near]), gains[near]
+    a, b, c = np.polyfit(x - x[0], y, 2) if len(x) > 2 else (0.0, 0.0, 0.0)
+    if a >= -1e-12 * gains[i]:
+        return float(s[np.argmax(gains >= (1 - LEVEL) * gains[i])])
+    top = np.polyval((a, b, c), np.clip(-b / (2 * a), 0, x[-1] - x[0]))
+    reached = (-b + math.sqrt(max(0.0, b * b - 4 * a * (c - (1 - LEVEL) * top)))) / (2 * a)
+    return float(np.exp(x[0] + np.clip(reached, 0, x[-1] - x[0])))
+
+
+def _around(wanted: np.ndarray, i: int, least: int = 2) -> tuple[int, int]:
+    """First and last + 1 of the unbroken run of wanted points around i, and of at least `least` points to either side."""
+    before, after = np.flatnonzero(~wanted[:i]), np.flatnonzero(~wanted[i:])
+    first = int(before[-1]) + 1 if len(before) else 0
+    end = i + int(after[0]) if len(after) else len(wanted)
+    return max(0, min(first, i - least)), max(end, min(len(wanted), i + least + 1))
 
 
 def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
@@ -231,17 +269,16 @@ def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
     ]
 
 
-def _edge(reference: Arm, best: Estimate) -> list[Reason]:
-    last = float(reference.exposure[-1])
-    if best.value >= last * 0.999:
-        return [
-            Reason(
-                "edge",
-                f"the loss was still falling at the end of the reference arm: S* ≥ {last:.3g}",
-                "a longer reference: range_test.max_steps",
-            )
-        ]
-    return []
+def _edge(base: np.ndarray, reference: Arm, best: Estimate) -> list[Reason]:
+    if has_passed_best(base, reference):
+        return []
+    return [
+        Reason(
+            "edge",
+            f"the loss was still falling at the end of the reference arm: S* ≥ {best.value:.3g}",
+            "a longer reference: range_test.max_steps",
+        )
+    ]
 
 
 def _check(base: np.ndarray, arms: Sequence[Arm]) -> None:

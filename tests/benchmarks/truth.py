@@ -6,7 +6,8 @@ user would have.
     gain                  untouched loss − the lowest best loss of all rates
     ceiling               the largest rate whose best loss is within a tenth of the gain of the lowest; between two rates, where the
                           excess crosses a tenth, linear in ln lr
-    S*                    where the curves of slow rates (a third of the ceiling and below) are lowest, by a parabola in ln S
+    S*                    where the curve of slow rates (a third of the ceiling and below, averaged) first comes within 2 % of the
+                          gain of its lowest point, linear in ln S
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from stage import Judge, Place, log_points
 
 from sdclr.lr.schedule import exponential_ramp
 
-TOLERANCE, SCREEN, BROKEN = 0.10, (1e-7, 10.0, 33), 1.05
+TOLERANCE, LEVEL, SCREEN, BROKEN = 0.10, 0.02, (1e-7, 10.0, 33), 1.05
 LOWEST, HIGHEST = 4, 6
 """The rates go from the ceiling over the first to the ceiling times the second."""
 
@@ -93,10 +94,13 @@ def _screen(judge: Judge, base: float) -> dict[str, Any]:
 
 
 def _pilot(judge: Judge, lr: float, cap: int) -> dict[str, Any]:
-    """One arm well below the top, until its exposure is three times that of its lowest loss: how far the others must go."""
+    """One arm well below the top, until its exposure is three times that of its lowest loss: how far the others must go.
+
+    It takes eighty steps at least: the first few may waver.
+    """
 
     def enough(exposure: list[float], losses: list[float]) -> bool:
-        return len(losses) > 6 and exposure[-1] >= 3 * exposure[int(np.argmin(losses))]
+        return len(losses) > 14 and exposure[-1] >= 3 * exposure[int(np.argmin(losses))]
 
     return judge.curve(f"pilot-{lr:.3e}", lambda step: lr, cap, log_points(cap, 2), enough)
 
@@ -126,12 +130,8 @@ def analyse(base: float, arms: Sequence[tuple[float, Sequence[dict[str, Any]]]],
     ceiling, bracket = ceiling_of([row["lr"] for row in rows], [row["excess"] for row in rows])
     slow = [row for row in rows if ceiling and row["lr"] <= ceiling / 3 and not row["at_edge"]]
     slow = sorted(slow, key=lambda row: row["best_loss"])[:3] or [min(rows, key=lambda row: row["best_loss"])]
-    lowest = slow[0]
-    flat = [
-        s
-        for s, v in zip(lowest["exposure"], lowest["losses"], strict=True)
-        if v <= lowest["best_loss"] + 0.02 * max(gain, 0.0)
-    ]
+    exposure, losses = average_curve(slow)
+    within = losses <= losses.min() + LEVEL * max(base - losses.min(), 0.0)
     return {
         "base": base,
         "best": best,
@@ -139,8 +139,9 @@ def analyse(base: float, arms: Sequence[tuple[float, Sequence[dict[str, Any]]]],
         "gain_share": gain / base,
         "ceiling": ceiling,
         "bracket": bracket,
-        "best_exposure": float(np.exp(np.mean([np.log(row["lowest_at"]) for row in slow]))),
-        "flat": [min(flat), max(flat)],
+        "best_exposure": first_within(exposure, losses, base),
+        "lowest_at": float(exposure[np.argmin(losses)]),
+        "flat": [float(exposure[within].min()), float(exposure[within].max())],
         "span": span,
         "capped": sum(row["capped"] for row in rows),
         "rates": rows,
@@ -157,7 +158,6 @@ def _row(lr: float, curves: Sequence[dict[str, Any]], span: float) -> dict[str, 
         "lr": lr,
         "best_loss": float(losses.min()) if not lost else float("inf"),
         "seed_spread": float(np.std(each, ddof=1)) if len(each) > 1 else None,
-        "lowest_at": lowest_exposure(exposure, losses) if shortest else lr,
         "at_edge": bool(shortest and np.argmin(losses) == shortest - 1),
         "capped": bool(shortest and exposure[-1] < 0.99 * span and not lost),
         "exposure": exposure.tolist(),
@@ -178,15 +178,23 @@ def ceiling_of(rates: Sequence[float], excess: Sequence[float]) -> tuple[float |
     return float(rates[i] * (rates[i + 1] / rates[i]) ** share), [rates[i], rates[i + 1]]
 
 
-def lowest_exposure(exposure: np.ndarray, losses: np.ndarray) -> float:
-    """Minimum of a parabola in ln S through the five points around the lowest; the point itself at an edge."""
-    i = int(np.argmin(losses))
-    near = slice(max(0, i - 2), i + 3)
-    x, y = np.log(exposure[near]), losses[near]
-    if i in (0, len(losses) - 1) or len(x) < 4:
-        return float(exposure[i])
-    a, b, _ = np.polyfit(x, y, 2)
-    return float(np.exp(np.clip(-b / (2 * a), x[0], x[-1]))) if a > 0 else float(exposure[i])
+def average_curve(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of several rates' curves at the exposures of the first, as far as all go; linear in ln S between points."""
+    end = min(row["exposure"][-1] for row in rows) * (1 + 1e-3)
+    exposure = np.array([s for s in rows[0]["exposure"] if s <= end])
+    curves = [np.interp(np.log(exposure), np.log(row["exposure"]), row["losses"]) for row in rows]
+    return exposure, np.mean(curves, axis=0)
+
+
+def first_within(exposure: np.ndarray, losses: np.ndarray, base: float) -> float:
+    """Where a curve first comes within LEVEL of the gain of its lowest point, linear in ln S between its points."""
+    lowest = losses.min()
+    wanted = lowest + LEVEL * max(base - lowest, 0.0)
+    i = int(np.argmax(losses <= wanted))
+    if i == 0:
+        return float(exposure[0])
+    share = (losses[i - 1] - wanted) / (losses[i - 1] - losses[i])
+    return float(exposure[i - 1] * (exposure[i] / exposure[i - 1]) ** share)
 
 
 def excess_at(truth: dict[str, Any], lr: float) -> float | None:

@@ -194,9 +194,10 @@ def test_an_arm_that_was_lost_is_run_again_alone_to_the_same_result(copied, loss
 def test_a_longer_reference_is_longer_though_a_shorter_one_is_kept(copied):
     assert "edge" in [reason["code"] for reason in result_of(copied)["reasons"]]
     before = result_of(copied)["reference"]
+    path = copied.parent / "runs" / "tiny" / "range-test" / "arms" / f"reference-{before['lr']:.3e}.json"
+    assert len(read_json(path)["rates"]) == before["steps"] == 40
     run(copied, "range_test.max_steps=60")
-    after = result_of(copied)["reference"]
-    assert after["lr"] == before["lr"] and after["steps"] > before["steps"] == 40
+    assert len(read_json(path)["rates"]) == 60
 
 
 def test_a_grid_set_by_hand_is_screened_though_another_screen_is_kept(copied):
@@ -279,3 +280,11 @@ def test_an_unknown_legacy_ramp_is_an_input_error(config):
 def test_without_held_out_images_it_is_refused_at_the_configs_line(config):
     with pytest.raises(ConfigError, match=r"run\.yaml:\d+:\d+: validation\.fraction is 0"):
         range_test(config("validation: {fraction: 0}"))
+
+
+def test_splits_with_several_held_out_images_each_are_measured_as_one(config):
+    path = config(SHORT)
+    run(path, "range_test.folds=2")
+    found = result_of(path)
+    assert found["gain"]["images"] == 6
+    assert all(len(arm["per_image"]) == 6 for arm in found["arms"] if arm["excess"] is not None)

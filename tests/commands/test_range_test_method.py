@@ -39,7 +39,7 @@ class Formula:
                 continue
             points.append((len(rates), exposure, self.losses(exposure, rates[-1])))
             steps, exposures, losses = (np.array(column) for column in zip(*points))
-            arm = Measured(name, lr, steps, exposures, losses, np.array(rates))
+            arm = Measured(name, lr, steps, exposures, losses, np.array(rates), self.base())
             if enough(arm):
                 return arm
 
@@ -56,7 +56,18 @@ def test_the_ceiling_of_a_model_that_follows_a_formula():
     expected = bench.ceiling + 0.9 * found.reference.lr
     assert bounds.conclusive
     assert bounds.ceiling.value == pytest.approx(expected, rel=0.05)
-    assert bounds.best_exposure.value == pytest.approx(bench.best, rel=0.05)
+    within_2_percent = (1 - np.sqrt(1 - 0.98**2)) / 0.98  # of the highest: 2x / (1 + x²) = 0.98
+    assert bounds.best_exposure.value == pytest.approx(within_2_percent * bench.best, rel=0.05)
+
+
+def test_a_reference_that_is_itself_too_fast_is_replaced_by_a_slower_one():
+    bench = Formula()
+    bench.ceiling = 1e-5  # the screen, which breaks far above, places the first reference higher
+    found = range_test.measure(bench, RangeTestSection())
+    assert found.reference.lr < bench.ceiling / 2
+    faster = [arm.lr for arm in found.arms if arm.name.startswith("reference")]
+    assert faster and faster[0] == pytest.approx(found.reference.lr * 10 ** (len(faster) / 2))
+    assert bounds_of(found).ceiling.value == pytest.approx(bench.ceiling + 0.9 * found.reference.lr, rel=0.1)
 
 
 def test_twice_the_arms_or_half_the_exposure_leave_the_ceiling_where_it_is():

@@ -70,12 +70,14 @@ def test_the_untouched_model_is_measured_once_for_each_split(pool, loaded):
 
 def measured(points: int, diverged: bool = False, images: int = 2) -> Measured:
     steps = np.arange(1.0, points + 1)
-    return Measured("a", 1.0, steps, steps * 0.5, np.ones((points, images, 3)) * steps[:, None, None], steps, diverged)
+    losses = np.ones((points, images, 3)) * steps[:, None, None]
+    return Measured("a", 1.0, steps, steps * 0.5, losses, steps, np.full((images, 3), 2.0), diverged)
 
 
 def test_an_arm_that_ends_early_in_one_split_counts_up_to_there_and_as_diverged():
     arm = pooled([[measured(4)], [measured(2, diverged=True)]])
     assert arm.diverged and arm.losses.shape == (2, 4, 3) and arm.steps.tolist() == [1, 2]
+    assert arm.rises.tolist() == [[-1.0] * 4, [0.0] * 4]
 
 
 def test_one_bench_alone_is_itself():
