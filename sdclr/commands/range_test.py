@@ -42,7 +42,7 @@ SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
 BROKEN = 1.05
 """The ramp has broken the model when the held-out loss exceeds the untouched one by this factor."""
-CLOSING_SHARES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+CLOSING_SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 """Where along its exposure an arm is measured; the last five are its closing points."""
 LEAST_POINTS = 8
 """Points that a reference arm has at least: its first ones, a few steps apart, may waver."""
@@ -191,12 +191,15 @@ def _descend(bench: Pool, found: Findings, top: float, target: float, settings: 
 
 
 def _arm(bench: Pool, lr: float, target: float) -> Measured:
-    """A constant-rate arm to the exposure `target`, measured closely at its end, or until it is surely worse than the untouched model."""
+    """A constant-rate arm to the exposure `target`, measured closely at its end.
+
+    Halfway and later, one that is surely worse than the untouched model is given up: it is inadmissible, however it goes on.
+    """
     last = max(1, math.ceil(target / lr - 1e-9))
     points = {max(1, round(share * last)) for share in CLOSING_SHARES}
 
     def lost(arm: Measured) -> bool:
-        return bool(arm.rises[-1].mean() > half_width(arm.rises[-1]))
+        return bool(arm.steps[-1] >= last / 2 and arm.rises[-1].mean() > half_width(arm.rises[-1]))
 
     return bench.arm(
         f"arm-{lr:.3e}-{last}",

@@ -367,14 +367,18 @@ class Session:
 
 def _resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Checkpoint:
     """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh."""
-    from sdclr.engine.checkpoint import FULL, Checkpoint, newest_sound, verify
+    from sdclr.engine.checkpoint import FULL, Checkpoint, available, newest_sound, verify
 
     if named:
         number = named.name.partition("-")[2]
         if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
+            kept = ", ".join(c.path.name for c in available(folder.checkpoints, (FULL,)))
+            fresh = f"this run has none to go on from; begin it: sdclr train {config_path}"
+            what = (
+                f"is not a checkpoint to resume from ({FULL}-000400)" if named.exists() else "there is no such folder"
+            )
             raise CheckpointError(
-                f"{named}: is not a checkpoint to resume from (a folder named {FULL}-000400)",
-                hint=f"see those there are: ls {folder.checkpoints}",
+                f"{named}: {what}", hint=f"there are, in {folder.checkpoints}: {kept}" if kept else fresh
             )
         if named.resolve().parent != folder.checkpoints.resolve():
             raise CheckpointError(

@@ -60,8 +60,8 @@ def _exposure_panel(
         axes.axvspan(*best["interval"], color=PALETTE[4], alpha=0.22, lw=0)
         axes.axvline(best["value"], color=PALETTE[4], lw=1.6)
         axes.annotate(
-            f"S* = {best['value']:.2g}", (best["value"], 0.02), xycoords=("data", "axes fraction"), xytext=(5, 0),
-            textcoords="offset points", color="#8a5a00", fontsize=10.5, fontweight="bold",
+            f"S* = {best['value']:.2g}", (best["value"], 0.98), xycoords=("data", "axes fraction"), xytext=(-5, 0), ha="right",
+            va="top", textcoords="offset points", color="#8a5a00", fontsize=10.5, fontweight="bold",
         )  # fmt: skip
     axes.set(
         xscale="log",
@@ -113,7 +113,7 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
         title=title,
     )
     axes.yaxis.set_major_formatter(lambda v, _: f"{v:.0%}")
-    axes.legend(loc="upper left", fontsize=9.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=9.5)
 
 
 def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = ()) -> bytes:

@@ -306,10 +306,18 @@ def test_a_damaged_checkpoint_named_by_hand_is_an_error(stopped):
         train(stopped, resume=True, checkpoint=folder)
 
 
-@pytest.mark.parametrize("name", ["trough-000004_S2.00e-03", "step-000099", "nowhere", "step-abc"])
-def test_only_a_full_checkpoint_that_is_there_can_be_resumed_from(stopped, name):
-    with pytest.raises(CheckpointError, match="is not a checkpoint to resume from"):
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("trough-000004_S2.00e-03", "is not a checkpoint to resume from"),
+        ("step-000099", "there is no such folder"),
+        ("nowhere", "there is no such folder"),
+    ],
+)
+def test_only_a_full_checkpoint_that_is_there_can_be_resumed_from(stopped, name, said):
+    with pytest.raises(CheckpointError, match=said) as problem:
         train(stopped, resume=True, checkpoint=runs(stopped) / "checkpoints" / name)
+    assert "step-000006" in problem.value.hint
 
 
 def test_a_checkpoint_of_another_run_is_refused(stopped, trained):
