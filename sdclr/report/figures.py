@@ -104,7 +104,7 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
     title = "What a rate costs at equal exposure"
     if ceiling:
         axes.axvspan(*ceiling["bracket"], color=PALETTE[0], alpha=0.14, lw=0, label="bracket")
-        axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.2g}")
+        axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.1e}")
     axes.set(
         xscale="log",
         ylim=(-clip * 0.55, clip * 1.06),
