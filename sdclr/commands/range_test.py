@@ -27,7 +27,7 @@ from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, best_exposure, has_passed_best, judge
+from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
@@ -173,7 +173,7 @@ def reference(bench: Pool, lr: float) -> Measured:
 def _target(found: Findings, settings: RangeTestSection) -> float:
     """The exposure that arms are compared at."""
     assert found.base is not None and found.reference is not None
-    best = best_exposure(found.base.mean(axis=1), found.reference.arm(), resamples=0).value
+    best = least_exposure(found.base.mean(axis=1), found.reference.arm())
     return min(best * settings.test_exposure, float(found.reference.exposure[-1]))  # beyond: nothing to compare with
 
 

@@ -24,7 +24,7 @@ from sdclr.engine.fit import settle_batch
 from sdclr.engine.folder import SCHEMA
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import DataError, Inconclusive
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, best_exposure, has_passed_best
+from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, has_passed_best, least_exposure
 from sdclr.report import console, page
 from sdclr.report.metrics import finite
 
@@ -77,7 +77,7 @@ def judge_curves(curves: Curves, settings: RangeTestSection) -> tuple[Bounds, Ar
         raise DataError(["the curves show no arm whose losses stay finite"], hint="log slower rates")
     passed = (arm for arm in usable if has_passed_best(curves.base, arm))
     reference = next(passed, max(usable, key=lambda a: float(a.exposure[-1])))
-    target = settings.test_exposure * best_exposure(curves.base, reference, resamples=0).value
+    target = settings.test_exposure * least_exposure(curves.base, reference)
     arms = [_upto(arm, target) for arm in curves.arms if arm.lr > reference.lr]
     known = [arm for arm in arms if arm.diverged or arm.exposure[-1] <= reference.exposure[-1]]
     return analyse(curves.base, reference, known, settings.tolerance, settings.raggedness), reference

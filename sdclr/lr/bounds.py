@@ -121,14 +121,18 @@ def best_exposure(base: np.ndarray, reference: Arm, resamples: int = 500) -> Est
     gains = base - reference.losses
     draws = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
     values = [_least_exposure(reference.exposure, gains[:, pick].mean(axis=1)) for pick in draws]
-    low, high = np.quantile(values, [0.025, 0.975]) if values else (math.nan, math.nan)
-    return Estimate(_least_exposure(reference.exposure, gains.mean(axis=1)), float(low), float(high))
+    low, high = np.quantile(values, [0.025, 0.975])
+    return Estimate(least_exposure(base, reference), float(low), float(high))
+
+
+def least_exposure(base: np.ndarray, arm: Arm) -> float:
+    """S* of an arm, without an interval."""
+    return _least_exposure(arm.exposure, (base - arm.losses).mean(axis=1))
 
 
 def has_passed_best(base: np.ndarray, arm: Arm) -> bool:
     """Whether an arm has gone far enough beyond its S* to show it."""
-    best = _least_exposure(arm.exposure, (base - arm.losses).mean(axis=1))
-    return bool(arm.exposure[-1] >= PAST * best * (1 - 1e-9))
+    return bool(arm.exposure[-1] >= PAST * least_exposure(base, arm) * (1 - 1e-9))
 
 
 def losses_at(base: np.ndarray, arm: Arm, exposure: float) -> np.ndarray:

@@ -312,6 +312,7 @@ def test_a_damaged_checkpoint_named_by_hand_is_an_error(stopped):
         ("trough-000004_S2.00e-03", "is not a checkpoint to resume from"),
         ("step-000099", "there is no such folder"),
         ("nowhere", "there is no such folder"),
+        ("step-abc", "there is no such folder"),
     ],
 )
 def test_only_a_full_checkpoint_that_is_there_can_be_resumed_from(stopped, name, said):
