@@ -98,7 +98,7 @@ def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypa
     monkeypatch.setattr(nulls, "FEW", 6)
     monkeypatch.setattr(cases, "HELD_OUT", 4)
     settings = ("range_test.max_steps=48", "validation.timesteps_per_image=2")
-    case = cases.Case("mochi", pictures=10, overrides=settings, base=model)
+    case = cases.Case("mochi", pictures=10, overrides=settings, base=model, nulls=True)
     effort = truth.Effort(per_decade=2, rates=3, seeds=2, cap=8, points=4)
     depth = range_test_accuracy.Depth(1, effort, (6,), (2,), 1, True, 1)
     result = tmp_path / "results" / "mochi.json"
@@ -107,7 +107,8 @@ def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypa
     assert {record["null"] for record in found["nulls"]} == {null.name for null in nulls.NULLS}
     assert not any(record["right_reason"] and not record["inconclusive"] for record in found["nulls"])
     assert "### Nulls" in tables.everything([found])
-    pieces = {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "pieces").iterdir()}
+    pieces = result.with_suffix(".jsonl")
+    finished = pieces.stat().st_mtime_ns
     again = range_test_accuracy.run_case(case, tmp_path / "work", depth, parts, result)
     assert again["truth"] == found["truth"] and again["tests"] == found["tests"]
-    assert pieces == {path: path.stat().st_mtime_ns for path in (tmp_path / "work" / "pieces").iterdir()}
+    assert pieces.stat().st_mtime_ns == finished

@@ -5,12 +5,14 @@
 3. Reference arm: a low constant rate until its held-out loss has levelled off. It gives the best exposure S*.
 4. Arms from the top of the grid down, each from the untouched weights with a fresh optimizer and the same batches, noise and
    timesteps by step, each to the same exposure. They give the ceiling.
-5. A ceiling close above the reference's rate says that the reference was no slow one: a slower takes its place.
+5. A ceiling close above the reference's rate says that the reference was no slow one: a slower takes its place, for as long as
+   arms are compared. S* is still the first one's, if that stands up to the slower.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -27,7 +29,7 @@ from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
+from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
@@ -42,8 +44,11 @@ SCREEN = (1e-9, 10.0, 4)
 """Lowest and highest rate of the screening ramp, and its steps in a factor of ten: wide enough for any optimizer and model."""
 BROKEN = 1.05
 """The ramp has broken the model when the held-out loss exceeds the untouched one by this factor."""
-CLOSING_SHARES = (0.25, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-"""Where along its exposure an arm is measured; the last five are its closing points."""
+CLOSING_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
+"""Where along its exposure an arm is measured: every measurement costs as much as several steps."""
+FIRST, WIDER, CLOSER = 8, 1.3, 1.1
+"""A reference arm is measured after so many steps, then each time its exposure has grown by the second factor; by less, but at
+least the third, where that is what it still lacks."""
 LEAST_POINTS = 8
 """Points that a reference arm has at least: its first ones, a few steps apart, may waver."""
 REFERENCES = 3
@@ -101,10 +106,14 @@ def range_test(
 
 @dataclasses.dataclass
 class Findings:
-    """What has been measured so far; a test that was stopped early leaves some of it empty."""
+    """What has been measured so far; a test that was stopped early leaves some of it empty.
+
+    `reference` is what the arms are compared with; S* is read from `longest`, which is the reference or a faster one.
+    """
 
     base: np.ndarray | None = None
     reference: Measured | None = None
+    longest: Measured | None = None
     arms: list[Measured] = dataclasses.field(default_factory=list)
     stopped: bool = False
 
@@ -121,11 +130,16 @@ def measure(bench: Pool, settings: RangeTestSection) -> Findings:
         lr, target = max(min(top, scale) / 10, lowest), math.inf
         faster: list[Measured] = []
         for _ in range(REFERENCES):
-            found.reference = reference(bench, lr)
-            if not len(found.reference.exposure):
+            good_enough = functools.partial(_stands_up, found.longest, target, settings)
+            slowest = reference(bench, lr, good_enough)
+            if not len(slowest.exposure):  # lost before its first measurement: the one before, if any, still counts
+                found.reference = found.reference or slowest
                 break
+            found.reference = slowest
+            if not good_enough(found.reference):
+                found.longest = found.reference
             target = min(target, _target(found, settings))  # the first one's, so that no arm is run twice
-            found.arms = [slow.upto(target) for slow in faster]
+            found.arms = [short for fast in faster if len((short := fast.upto(target)).exposure)]
             _descend(bench, found, top, target, settings)
             too_fast = any(reason.code == "fast_reference" for reason in _bounds(found, settings).reasons)
             lr, faster = max(lr / math.sqrt(10), lowest), [*faster, found.reference]
@@ -159,33 +173,56 @@ def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
     return float(ramp.rates[-1]), lowest
 
 
-def reference(bench: Pool, lr: float) -> Measured:
-    """The slow arm that the others are compared with, run until its loss has levelled off."""
+def reference(bench: Pool, lr: float, good_enough: Callable[[Measured], bool] = lambda arm: False) -> Measured:
+    """The slow arm that the others are compared with, run until its loss has levelled off or it is `good_enough` before."""
+    threshold = FIRST * lr
+
+    def enough(arm: Measured) -> bool:
+        nonlocal threshold
+        reached, base = float(arm.exposure[-1]), arm.base.mean(axis=1)
+        threshold = WIDER * reached
+        if len(arm.exposure) < LEAST_POINTS:
+            return False
+        lacking = PAST * least_exposure(base, arm.arm())
+        threshold = min(threshold, max(lacking, CLOSER * reached))
+        return has_passed_best(base, arm.arm()) or good_enough(arm)
+
     return bench.arm(
-        f"reference-{lr:.3e}",
-        lr,
-        lambda step: lr,
-        lambda a: len(a.means) >= LEAST_POINTS and has_passed_best(a.base.mean(axis=1), a.arm()),
-        _log_spaced(8 * lr, 1.3),
+        f"reference-{lr:.3e}", lr, lambda step: lr, enough, lambda step, exposure: exposure >= threshold * (1 - 1e-9)
     )
+
+
+def _stands_up(fast: Measured | None, target: float, settings: RangeTestSection, slow: Measured) -> bool:
+    """Whether S* may be read from a faster arm: compared with a slow one that has gone as far as arms do, it is not inadmissible."""
+    if fast is None or slow.exposure[-1] < target * (1 - 1e-9):
+        return False
+    compared = fast.upto(target).arm()
+    if not len(compared.exposure):
+        return False
+    verdict = judge(slow.base.mean(axis=1), slow.arm(), compared, settings.tolerance, settings.raggedness)
+    return verdict.verdict != "inadmissible"
 
 
 def _target(found: Findings, settings: RangeTestSection) -> float:
     """The exposure that arms are compared at."""
-    assert found.base is not None and found.reference is not None
-    best = least_exposure(found.base.mean(axis=1), found.reference.arm())
+    assert found.base is not None and found.reference is not None and found.longest is not None
+    best = least_exposure(found.base.mean(axis=1), found.longest.arm())
     return min(best * settings.test_exposure, float(found.reference.exposure[-1]))  # beyond: nothing to compare with
 
 
 def _descend(bench: Pool, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
-    """Arms from the top of the grid down; the first admissible one ends it."""
+    """Arms from the top of the grid down; an admissible one, or one of those found so, ends it."""
     assert found.base is not None and found.reference is not None
     base, reference, factor = found.base.mean(axis=1), found.reference.arm(), 10 ** (1 / settings.arms_per_decade)
-    lr = top
-    while lr > reference.lr * factor**0.5:
+
+    def admissible(arm: Measured) -> bool:
+        verdict = judge(base, reference, arm.arm(), settings.tolerance, settings.raggedness)
+        return verdict.verdict == "admissible"
+
+    lr, lowest = top, max([reference.lr, *(arm.lr for arm in found.arms if admissible(arm))])
+    while lr > lowest * factor**0.5:
         found.arms.append(_arm(bench, lr, target))
-        verdict = judge(base, reference, found.arms[-1].arm(), settings.tolerance, settings.raggedness)
-        if verdict.verdict == "admissible":
+        if admissible(found.arms[-1]):
             return
         lr /= factor
 
@@ -208,19 +245,6 @@ def _arm(bench: Pool, lr: float, target: float) -> Measured:
         lambda a: a.steps[-1] >= last or lost(a),
         lambda step, s: step in points or step >= last,
     )
-
-
-def _log_spaced(first: float, factor: float) -> Callable[[int, float], bool]:
-    """True when the exposure has reached `first`, and then each time it has grown by `factor`."""
-    threshold = [first]
-
-    def due(step: int, exposure: float) -> bool:
-        if exposure < threshold[0] * (1 - 1e-9):
-            return False
-        threshold[0] = max(threshold[0] * factor, exposure * 1.0001)
-        return True
-
-    return due
 
 
 def _legacy(bench: Pool, kind: str, stop: StopRequest, config_path: Path) -> str:
@@ -261,16 +285,23 @@ def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
 
 def _bounds(found: Findings, settings: RangeTestSection) -> Bounds:
     """The analysis of what has been measured."""
-    assert found.base is not None and found.reference is not None
+    assert found.base is not None and found.reference is not None and found.longest is not None
     arms: list[Arm] = [a.arm() for a in found.arms if len(a.exposure) or a.diverged]
-    return analyse(found.base.mean(axis=1), found.reference.arm(), arms, settings.tolerance, settings.raggedness)
+    return analyse(
+        found.base.mean(axis=1),
+        found.reference.arm(),
+        arms,
+        settings.tolerance,
+        settings.raggedness,
+        longest=found.longest.arm(),
+    )
 
 
 def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """result.json: the analysis of whatever was measured."""
     settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
-    if found.base is not None and found.reference is not None and len(found.reference.exposure):
+    if found.longest is not None:
         bounds = _bounds(found, settings)
     elif found.reference is not None:
         lower = "set the grid by hand, from lower rates: range_test.lr"
@@ -288,7 +319,9 @@ def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -
         "verdict": "conclusive" if conclusive else "inconclusive",
         "reasons": [dataclasses.asdict(r) for r in reasons],
         "ceiling": {"lr": ceiling.value, "bracket": [ceiling.low, ceiling.high]} if ceiling else None,
-        "best_exposure": {"value": best.value, "interval": [best.low, best.high]} if best else None,
+        "best_exposure": {"value": best.value, "interval": [best.low, best.high], "lr": found.longest.lr}
+        if best and found.longest
+        else None,
         "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(found.base))}
         if gain and found.base is not None
         else None,

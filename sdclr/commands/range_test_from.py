@@ -60,7 +60,7 @@ def as_result(curves: Curves, settings: RangeTestSection) -> dict[str, Any]:
         "verdict": "conclusive" if ceiling and best and not bounds.reasons else "inconclusive",
         "reasons": [dataclasses.asdict(reason) for reason in bounds.reasons],
         "ceiling": {"lr": ceiling.value, "bracket": [ceiling.low, ceiling.high]} if ceiling else None,
-        "best_exposure": {"value": best.value, "interval": [best.low, best.high]} if best else None,
+        "best_exposure": {"value": best.value, "interval": [best.low, best.high], "lr": reference.lr} if best else None,
         "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(curves.base))} if gain else None,
         "recommended": None,
         "reference": {"lr": reference.lr, "steps": steps[reference.lr]},

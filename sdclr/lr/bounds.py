@@ -98,17 +98,19 @@ def analyse(
     tolerance: float = 0.10,
     raggedness: float = 0.25,
     resamples: int = 500,
+    longest: Arm | None = None,
 ) -> Bounds:
     """Judge arms against a reference.
 
-    `base` are the untouched model's losses (images,); all losses are of the same images in the same order. Raises ValueError for
+    `base` are the untouched model's losses (images,); all losses are of the same images in the same order. S* is read from
+    `longest`, an admissible arm that went further than the reference; without one from the reference. Raises ValueError for
     arrays that do not fit each other or exposures that do not rise.
     """
-    _check(base, (reference, *arms))
-    best = best_exposure(base, reference, resamples)
-    at_best = losses_at(base, reference, best.value)
-    gain = paired_difference(base, at_best)
-    reasons = _no_gain(base, gain) or _edge(base, reference, best)
+    longest = longest or reference
+    _check(base, (reference, longest, *arms))
+    best = best_exposure(base, longest, resamples)
+    gain = paired_difference(base, losses_at(base, longest, best.value))
+    reasons = _no_gain(base, gain) or _edge(base, longest, best)
     if any(r.code == "no_gain" for r in reasons):
         return Bounds(None, None, gain, (), tuple(reasons))
     verdicts = tuple(judge(base, reference, arm, tolerance, raggedness) for arm in sorted(arms, key=lambda a: a.lr))
@@ -273,14 +275,14 @@ def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
     ]
 
 
-def _edge(base: np.ndarray, reference: Arm, best: Estimate) -> list[Reason]:
-    if has_passed_best(base, reference):
+def _edge(base: np.ndarray, longest: Arm, best: Estimate) -> list[Reason]:
+    if has_passed_best(base, longest):
         return []
     return [
         Reason(
             "edge",
-            f"the loss was still falling at the end of the reference arm: S* ≥ {best.value:.3g}",
-            "a longer reference: range_test.max_steps",
+            f"the loss was still falling at the end of the arm at {longest.lr:.3g}: S* ≥ {best.value:.3g}",
+            "longer arms: range_test.max_steps",
         )
     ]
 

@@ -32,15 +32,15 @@ def _measured(result: dict[str, Any]) -> Iterator[Paragraph]:
 
 
 def _exposure(result: dict[str, Any]) -> Iterator[Paragraph]:
-    best, reference = result["best_exposure"], result["reference"]
-    if best is None or reference is None:
+    best = result["best_exposure"]
+    if best is None:
         return
-    lr = reference["lr"]
+    lr = best["lr"]
     yield (
         "Exposure, and how much of it is best",
         (
-            f"Exposure is the sum of the learning rates of all steps. The reference arm trained at {lr:.2g}, for {reference['steps']} steps, and had all but "
-            f"2 % of its gain at an exposure of {best['value']:.3g}: about {best['value'] / lr:,.0f} steps at that rate, or {best['value'] / (2 * lr):,.0f} at twice the "
+            f"Exposure is the sum of the learning rates of all steps. Slow training at {lr:.2g} had all but 2 % of its "
+            f"gain at an exposure of {best['value']:.3g}: about {best['value'] / lr:,.0f} steps at that rate, or {best['value'] / (2 * lr):,.0f} at twice the "
             "rate, because below the ceiling it is the sum that counts. Had other pictures been held out, it would lie between "
             f"{best['interval'][0]:.3g} and {best['interval'][1]:.3g} (95 %, by resampling them). More exposure than this buys little, and soon learns the "
             "training pictures by heart. A single ramp of rising rates finds this number too, and calls the rate it happens to have there a bound."

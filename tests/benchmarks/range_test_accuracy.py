@@ -4,7 +4,8 @@
     python tests/benchmarks/range_test_accuracy.py --cases mochi,style --tests 10
     make bench-range-test                                               # every case: hours; goes on where it was stopped
 
-Finished pieces lie in the work folder; the results, as JSON, in tests/benchmarks/results/; the tables, as Markdown, on stdout.
+Finished pieces are lines of tests/benchmarks/results/range-test/<case>.jsonl and are not made again (with another --results they
+are); the tables, as Markdown, come on stdout.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sdclr.engine.folder import write_json
 from sdclr.engine.plan import model_fingerprint
 from sdclr.report import console
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results" / "range-test"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,11 @@ def main() -> None:
     )
     parser.add_argument(
         "--only",
-        help="some of: tests,rivals,nulls (truth is always needed) [all, with --quick tests,rivals; nulls are of mochi alone]",
+        help="some of: tests,rivals,nulls (truth is always needed) [all, with --quick tests,rivals; nulls are of narrow alone]",
     )
     parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir()) / "sdclr-bench", help="finished pieces"
+        "--work", type=Path, default=Path(tempfile.gettempdir()) / "sdclr-bench", help="pictures, bases and arms"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -92,7 +93,7 @@ def main() -> None:
 def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: Path) -> dict[str, Any]:
     """Truth, tests, rivals, nulls; what is known is written after every step, so a run cut short leaves its results."""
     prepare(case, work)
-    place = Place(case, work)
+    place = Place(case, work, path.with_suffix(".jsonl"))
     found = _known(path)
     found |= {"case": case.name, "overrides": list(case.overrides), "subject": case.subject, "pictures": case.pictures}
     found |= {"base": model_fingerprint(str(case.base)), "method": trials.method(), "tests": []}
@@ -117,7 +118,7 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
             rates = rivals.rates(place, seed, truth, depth.ramps, depth.sweeps)
             records += rivals.compare(place, seed, truth, rates, depth.effort.cap, depth.rival_runs)
             note("rivals", records)
-    if "nulls" in parts and case.name == "mochi":
+    if "nulls" in parts and case.nulls:
         records = []
         for null in nulls.NULLS:
             for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.null_tests):

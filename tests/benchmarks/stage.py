@@ -1,4 +1,4 @@
-"""Where the bench's runs are trained and judged, through the program's own engine; every finished piece is kept as JSON."""
+"""Where the bench's runs are trained and judged, through the program's own engine; every finished piece is kept as a line of JSON."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from sdclr.config import source
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
 from sdclr.data.pairs import Split
-from sdclr.engine.folder import read_json, write_json
+from sdclr.engine.folder import write_text
 from sdclr.engine.loop import optimizer_steps
 from sdclr.engine.plan import Inputs, model_fingerprint, read_inputs
 from sdclr.engine.run import Run
 from sdclr.engine.validation import fixed_draws
-from sdclr.errors import DivergenceError, InputError
+from sdclr.errors import DivergenceError
 from sdclr.report import console
 
 VERSION = 1
@@ -31,10 +31,11 @@ JUDGE_SEED, JUDGE_DRAWS = 555, 4
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A case, and the folder that its pictures and finished pieces are kept in."""
+    """A case, the folder that its pictures and arms lie in, and the file of its finished pieces."""
 
     case: Case
     folder: Path
+    pieces: Path
 
     def load(self, seed: int, extra: Iterable[str] = ()) -> tuple[LoadedConfig, Inputs]:
         """The case's config with a seed (which also decides the split) and further overrides."""
@@ -42,24 +43,26 @@ class Place:
         return loaded, read_inputs(loaded)
 
     def piece(self, name: str, make: Callable[[], dict[str, Any]], depends: Any = None) -> dict[str, Any]:
-        """What `make` returns, from disk when it was made before from the same things."""
-        path = self.folder / "pieces" / f"{name}.json"
+        """What `make` returns, or returned before from the same things."""
         key = json.loads(
             json.dumps([VERSION, list(self.case.overrides), model_fingerprint(str(self.case.base)), depends])
         )
-        try:
-            stored = read_json(path)
-            if stored["key"] == key:
-                value: dict[str, Any] = stored["value"]
-                return value
-        except InputError:
-            pass
-        started = time.monotonic()
-        value = make()
-        write_json(path, {"key": key, "seconds": round(time.monotonic() - started, 1), "value": value})
-        console.say(f"{self.case.name}: {name} took {time.monotonic() - started:.0f} s")
-        stored_value: dict[str, Any] = read_json(path)["value"]
-        return stored_value
+        kept = self._kept().get(name)
+        if kept is None or kept["key"] != key:
+            started = time.monotonic()
+            value = make()
+            seconds = round(time.monotonic() - started, 1)
+            line = json.dumps({"name": name, "key": key, "seconds": seconds, "value": value})
+            lines = self._kept() | {name: json.loads(line)}
+            write_text(self.pieces, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
+            console.say(f"{self.case.name}: {name} took {seconds:.0f} s")
+        return self._kept()[name]["value"]
+
+    def _kept(self) -> dict[str, dict[str, Any]]:
+        if not self.pieces.exists():
+            return {}
+        lines = [json.loads(line) for line in self.pieces.read_text().splitlines()]
+        return {line["name"]: line for line in lines}
 
 
 class Judge:
@@ -102,6 +105,11 @@ class Judge:
         return curve(
             self.run, self.config.optimizer.max_grad_norm, name, lr_at, last, points, enough, measure or self.loss
         )
+
+    def losses(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        """As `curve`, without what is of every step."""
+        found = self.curve(*arguments, **options)
+        return {key: found[key] for key in ("steps", "exposure", "losses", "diverged")}
 
 
 def curve(

@@ -132,7 +132,7 @@ def train(judge: Judge, name: str, max_lr: float, steps: int) -> dict[str, Any]:
     """The case's schedule with peaks at `max_lr`, over so many steps, on the user's training split."""
     schedule = make_schedule(judge.config, judge.inputs.steps_per_epoch, steps, max_lr)
     points = {*log_points(steps, max(1, steps // 20)), *schedule.troughs()}
-    return judge.curve(name, schedule, steps, points)
+    return judge.losses(name, schedule, steps, points)
 
 
 def regret(truth: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

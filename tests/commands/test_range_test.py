@@ -193,11 +193,14 @@ def test_an_arm_that_was_lost_is_run_again_alone_to_the_same_result(copied, loss
 
 def test_a_longer_reference_is_longer_though_a_shorter_one_is_kept(copied):
     assert "edge" in [reason["code"] for reason in result_of(copied)["reasons"]]
-    before = result_of(copied)["reference"]
-    path = copied.parent / "runs" / "tiny" / "range-test" / "arms" / f"reference-{before['lr']:.3e}.json"
-    assert len(read_json(path)["rates"]) == before["steps"] == 40
+    arms = copied.parent / "runs" / "tiny" / "range-test" / "arms"
+
+    def longest() -> int:
+        return max(len(read_json(path)["rates"]) for path in arms.glob("reference-*.json"))
+
+    assert longest() == 40
     run(copied, "range_test.max_steps=60")
-    assert len(read_json(path)["rates"]) == 60
+    assert longest() == 60
 
 
 def test_a_grid_set_by_hand_is_screened_though_another_screen_is_kept(copied):

@@ -44,8 +44,13 @@ class Formula:
                 return arm
 
 
+WITHIN_2_PERCENT = (1 - np.sqrt(1 - 0.98**2)) / 0.98
+"""Of the highest gain, as a share of the best exposure: 2x / (1 + x²) = 0.98."""
+
+
 def bounds_of(found):
-    return analyse(found.base.mean(axis=1), found.reference.arm(), [arm.arm() for arm in found.arms])
+    arms = [arm.arm() for arm in found.arms]
+    return analyse(found.base.mean(axis=1), found.reference.arm(), arms, longest=found.longest.arm())
 
 
 def test_the_ceiling_of_a_model_that_follows_a_formula():
@@ -56,8 +61,7 @@ def test_the_ceiling_of_a_model_that_follows_a_formula():
     expected = bench.ceiling + 0.9 * found.reference.lr
     assert bounds.conclusive
     assert bounds.ceiling.value == pytest.approx(expected, rel=0.05)
-    within_2_percent = (1 - np.sqrt(1 - 0.98**2)) / 0.98  # of the highest: 2x / (1 + x²) = 0.98
-    assert bounds.best_exposure.value == pytest.approx(within_2_percent * bench.best, rel=0.05)
+    assert bounds.best_exposure.value == pytest.approx(WITHIN_2_PERCENT * bench.best, rel=0.05)
 
 
 def test_a_reference_that_is_itself_too_fast_is_replaced_by_a_slower_one():
@@ -70,10 +74,27 @@ def test_a_reference_that_is_itself_too_fast_is_replaced_by_a_slower_one():
     assert bounds_of(found).ceiling.value == pytest.approx(bench.ceiling + 0.9 * found.reference.lr, rel=0.1)
 
 
-def test_twice_the_arms_or_half_the_exposure_leave_the_ceiling_where_it_is():
-    plain, finer, shorter = (
+def test_a_slower_reference_goes_no_further_than_arms_do_where_the_faster_one_stands_up_to_it():
+    bench = Formula()
+    found = range_test.measure(bench, RangeTestSection())
+    assert found.longest.lr == pytest.approx(found.reference.lr * 10**0.5)
+    assert found.longest.exposure[-1] > 1.4 * bench.best * WITHIN_2_PERCENT
+    target = 0.35 * WITHIN_2_PERCENT * bench.best
+    assert target * 0.95 < found.reference.exposure[-1] < 1.35 * target
+
+
+def test_a_reference_that_does_not_stand_up_to_a_slower_one_does_not_show_the_best_exposure():
+    bench = Formula()
+    bench.ceiling = 1e-5  # the first references lose everything that others gain
+    found = range_test.measure(bench, RangeTestSection())
+    assert found.longest.lr < 2 * bench.ceiling
+    assert bounds_of(found).best_exposure.value == pytest.approx(WITHIN_2_PERCENT * bench.best, rel=0.05)
+
+
+def test_twice_the_arms_or_twice_the_exposure_leave_the_ceiling_where_it_is():
+    plain, finer, longer = (
         bounds_of(range_test.measure(Formula(), RangeTestSection(**changed))).ceiling.value
-        for changed in ({}, {"arms_per_decade": 8}, {"test_exposure": 0.25})
+        for changed in ({}, {"arms_per_decade": 8}, {"test_exposure": 0.7})
     )
     assert abs(np.log10(finer / plain)) < 0.05
-    assert abs(np.log10(shorter / plain)) < 0.05
+    assert abs(np.log10(longer / plain)) < 0.05
