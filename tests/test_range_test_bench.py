@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import cases
 import nulls
+import pictures
 import range_test_accuracy
 import rivals
 import tables
@@ -107,6 +110,7 @@ def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypa
     assert {record["null"] for record in found["nulls"]} == {null.name for null in nulls.NULLS}
     assert not any(record["right_reason"] and not record["inconclusive"] for record in found["nulls"])
     assert "### Nulls" in tables.everything([found])
+    assert Image.open(io.BytesIO(pictures.accuracy([found]))).width > 1200
     pieces = result.with_suffix(".jsonl")
     finished = pieces.stat().st_mtime_ns
     again = range_test_accuracy.run_case(case, tmp_path / "work", depth, parts, result)

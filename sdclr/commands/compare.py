@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from sdclr.engine.folder import SCHEMA, RunFolder, read_json, write_bytes, write_text
+from sdclr.engine.folder import RunFolder, read_json, write_bytes, write_text
 from sdclr.errors import InputError
 from sdclr.lr.paired import paired_difference
 from sdclr.report import console, figures, metrics, page
+from sdclr.report.metrics import SCHEMA
 
 HEADER = (
     "run",

@@ -26,7 +26,7 @@ from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import say_memory, settle_batch
-from sdclr.engine.folder import SCHEMA, RunFolder, write_bytes, write_json, write_text
+from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import ConfigError, Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
@@ -34,6 +34,7 @@ from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ram
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
 from sdclr.report import console, explain, figures, page
+from sdclr.report.metrics import SCHEMA
 
 if TYPE_CHECKING:
     from sdclr.engine.arms import Measured

@@ -21,12 +21,11 @@ from sdclr.config.schema import RangeTestSection
 from sdclr.data import curves as curves_
 from sdclr.data.curves import Curves
 from sdclr.engine.fit import settle_batch
-from sdclr.engine.folder import SCHEMA
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import DataError, Inconclusive
 from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, has_passed_best, least_exposure
 from sdclr.report import console, page
-from sdclr.report.metrics import finite
+from sdclr.report.metrics import SCHEMA, finite
 
 
 def range_test_from(

@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sdclr.engine.folder import SCHEMA, discard, publish, storage_errors, sync_folder, sync_tree
+from sdclr.engine.folder import discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
 from sdclr.errors import CheckpointError, DivergenceError, StorageError
 from sdclr.model.components import WEIGHTS, read_weights
+from sdclr.report.metrics import SCHEMA
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 SCALER = "scaler."

@@ -17,10 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from sdclr.errors import InputError, StorageError
-from sdclr.report.metrics import finite
-
-SCHEMA = 1
-"""Version of result.json, metrics.jsonl, state.json and grid.json; changes only when their meaning does."""
+from sdclr.report.metrics import SCHEMA, finite
 
 
 class RunFolder:

@@ -19,6 +19,7 @@ from typing import Any
 from sdclr.errors import InputError
 
 SCHEMA = 1
+"""Version of result.json, metrics.jsonl, state.json and grid.json; changes only when their meaning does."""
 HEADER = {
     "schema": SCHEMA,
     "kind": "header",

@@ -23,6 +23,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import nulls
+import pictures
 import rivals
 import tables
 import trials
@@ -31,7 +32,7 @@ from cases import CASES, Case, prepare
 from narrow import narrow_base
 from stage import Place
 
-from sdclr.engine.folder import write_json
+from sdclr.engine.folder import write_bytes, write_json
 from sdclr.engine.plan import model_fingerprint
 from sdclr.report import console
 
@@ -87,6 +88,7 @@ def main() -> None:
         path = args.results / f"{case.name}{'-quick' if args.quick else ''}.json"
         work = args.work.resolve() / f"{case.name}-{model_fingerprint(str(case.base))[:8]}"
         found.append(run_case(case, work, depth, parts, path))
+    write_bytes(args.results / "accuracy.png", pictures.accuracy(found))
     print(tables.everything(found))
 
 

@@ -1,0 +1,115 @@
+"""What a run may be resumed from, what may have changed since it began, and when a new one would overwrite it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdclr.config.schema import RunConfig
+from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, verify
+from sdclr.engine.folder import RunFolder
+from sdclr.engine.plan import Inputs, Plan, changed, fingerprint
+from sdclr.errors import CheckpointError, InputError
+from sdclr.report import console, metrics
+
+FREE_TO_CHANGE = ("run.tensorboard", "run.output_dir", "run.name", "sample.", "checkpoint.", "range_test.", "validation.every", "train.early_stop", "train.kappa",
+                  "model.attention", "model.gradient_checkpointing", "schedule.allow_peak_end")  # fmt: skip
+"""Keys that a resumed run may change: they touch neither the weights nor the meaning of the curves."""
+NEVER = ("run.seed", "model.", "data.", "validation.fraction", "optimizer.name", "batch.")
+"""Keys that no resumed run can change, not even when asked: it would be another run."""
+
+
+def resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Checkpoint:
+    """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh."""
+    if named:
+        number = named.name.partition("-")[2]
+        if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
+            kept = ", ".join(c.path.name for c in available(folder.checkpoints, (FULL,)))
+            fresh = f"this run has none to go on from; begin it: sdclr train {config_path}"
+            what = (
+                f"is not a checkpoint to resume from ({FULL}-000400)" if named.exists() else "there is no such folder"
+            )
+            raise CheckpointError(
+                f"{named}: {what}", hint=f"there are, in {folder.checkpoints}: {kept}" if kept else fresh
+            )
+        if named.resolve().parent != folder.checkpoints.resolve():
+            raise CheckpointError(
+                f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
+        checkpoint = Checkpoint(named, FULL, int(number))
+        problems = verify(checkpoint)
+        if problems:
+            raise CheckpointError(
+                f"{named}: is damaged: {'; '.join(problems)}",
+                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+            )
+        return checkpoint
+    found, skipped = newest_sound(folder.checkpoints)
+    for line in skipped:
+        console.warn(f"skipped a damaged checkpoint: {line}")
+    if found is None and skipped:
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds no sound checkpoint to resume from",
+            hint="start another run: --set run.name=...; sdclr sample still draws the troughs and the best that are whole",
+        )
+    if found is None:
+        raise CheckpointError(
+            f"{folder.checkpoints}: holds no checkpoint to resume from", hint=f"start it: sdclr train {config_path}"
+        )
+    return found
+
+
+def refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
+    """A `best` alone is the trace of a first save that was cut short: it comes before the state to resume from."""
+    if folder.final.exists():
+        raise InputError(
+            f"{folder.path}: holds a finished run",
+            hint="give the new one another name: --set run.name=...  (or remove that folder)",
+        )
+    if available(folder.checkpoints, (FULL, TROUGH)):
+        raise InputError(
+            f"{folder.path}: holds an unfinished run",
+            hint=f"go on with it: sdclr train {config_path} --resume  (or --set run.name=...)",
+        )
+
+
+def refuse_other_mathematics(
+    folder: RunFolder, config: RunConfig, plan: Plan, start: Checkpoint, overrides: Sequence[str]
+) -> None:
+    """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values."""
+    before = start.info()["config"]
+    accepted = tuple(o.partition("=")[0].strip() for o in overrides)
+    same_rates = _rates_as_used(folder, start.step, plan)
+    clashes = []
+    if plan.steps < start.step:
+        clashes.append(f"train.steps is {plan.steps} in the config, and {start.step} steps are done")
+    for key, stored, given in changed(before, config.model_dump(mode="json")):
+        if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
+            continue
+        if key.startswith(accepted) and accepted and not key.startswith(NEVER):
+            continue
+        asked = "" if key.startswith(NEVER) else f"; to accept the change: --set {key}={given}"
+        clashes.append(f"{key} is {given} in the config, and the run was started with {stored}{asked}")
+    if clashes:
+        raise CheckpointError(
+            "\n".join(clashes), hint="put the stored values back, or start another run: --set run.name=..."
+        )
+
+
+def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) -> None:
+    """The same paths may hold other pictures, captions or weights than when the run began; the order of samples hangs on them."""
+    before, now = start.info().get("fingerprint") or {}, fingerprint(config, inputs)
+    clashes = []
+    if before.get("images") != now["images"]:
+        clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
+    if before.get("model") != now["model"]:
+        clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
+    if clashes:
+        raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
+
+
+def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:
+    """Whether the new plan's rates for the steps already done are those the run really used."""
+    used = [r.get("lr") for r in metrics.read(folder.metrics) if r["kind"] == "step" and r["step"] <= step]
+    return len(used) == step and used == [plan.schedule(i) for i in range(step)]
