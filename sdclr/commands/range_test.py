@@ -12,11 +12,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,24 +127,18 @@ def measure(bench: Pool, settings: RangeTestSection) -> Findings:
         found.base = bench.base()
         top, scale = screen(bench, settings)
         lowest = settings.lr[0] if settings.lr else 0.0
-        lr, target = max(min(top, scale) / 10, lowest), math.inf
+        lr = max(min(top, scale) / 10, lowest)
+        found.reference = found.longest = reference(bench, lr)
+        if not len(found.reference.exposure):
+            return found
         faster: list[Measured] = []
-        for _ in range(REFERENCES):
-            good_enough = functools.partial(_stands_up, found.longest, target, settings)
-            slowest = reference(bench, lr, good_enough)
-            if not len(slowest.exposure):  # lost before its first measurement: the one before, if any, still counts
-                found.reference = found.reference or slowest
-                break
-            found.reference = slowest
-            if not good_enough(found.reference):
-                found.longest = found.reference
-            target = min(target, _target(found, settings))  # the first one's, so that no arm is run twice
+        target = _target(found, settings)
+        _descend(bench, found, top, target, settings)
+        while len(faster) < REFERENCES - 1 and _is_fast(found, settings) and found.reference.lr > lowest:
+            faster.append(found.reference)
+            target = _slow_down(bench, found, max(found.reference.lr / math.sqrt(10), lowest), target, settings)
             found.arms = [short for fast in faster if len((short := fast.upto(target)).exposure)]
             _descend(bench, found, top, target, settings)
-            too_fast = any(reason.code == "fast_reference" for reason in _bounds(found, settings).reasons)
-            lr, faster = max(lr / math.sqrt(10), lowest), [*faster, found.reference]
-            if not too_fast or lr >= found.reference.lr:
-                break
     except OutOfTime:
         found.stopped = True
     return found
@@ -174,9 +167,15 @@ def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
     return float(ramp.rates[-1]), lowest
 
 
-def reference(bench: Pool, lr: float, good_enough: Callable[[Measured], bool] = lambda arm: False) -> Measured:
-    """The slow arm that the others are compared with, run until its loss has levelled off or it is `good_enough` before."""
+def reference(bench: Pool, lr: float) -> Measured:
+    """The slow arm that the others are compared with, run until its loss has levelled off."""
     threshold = FIRST * lr
+
+    def due(step: int, exposure: float) -> bool:
+        nonlocal threshold
+        if step == 1:
+            threshold = FIRST * lr
+        return exposure >= threshold * (1 - 1e-9)
 
     def enough(arm: Measured) -> bool:
         nonlocal threshold
@@ -184,24 +183,47 @@ def reference(bench: Pool, lr: float, good_enough: Callable[[Measured], bool] = 
         threshold = WIDER * reached
         if len(arm.exposure) < LEAST_POINTS:
             return False
-        lacking = PAST * least_exposure(base, arm.arm())
-        threshold = min(threshold, max(lacking, CLOSER * reached))
-        return has_passed_best(base, arm.arm()) or good_enough(arm)
+        threshold = min(threshold, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
+        return has_passed_best(base, arm.arm())
 
-    return bench.arm(
-        f"reference-{lr:.3e}", lr, lambda step: lr, enough, lambda step, exposure: exposure >= threshold * (1 - 1e-9)
+    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, enough, due)
+
+
+def _slow_down(bench: Pool, found: Findings, lr: float, target: float, settings: RangeTestSection) -> float:
+    """A slower reference in the place of the one before; returns the exposure that arms are now compared at.
+
+    It goes no further than that, if the one that S* was read from stands up to it; else it has to show S* itself.
+    """
+    assert found.longest is not None
+    last = math.ceil(target / lr - 1e-9)
+    points = {max(1, round(last / WIDER**i)) for i in range(LEAST_POINTS)}
+    slow = bench.arm(
+        f"reference-{lr:.3e}-{last}", lr, lambda step: lr, lambda a: a.steps[-1] >= last, lambda step, s: step in points
     )
+    if not len(slow.exposure):
+        return target
+    target = min(target, float(slow.exposure[-1]))
+    found.reference = slow
+    if not _stands_up(found.longest.upto(target), slow, settings):
+        found.reference = found.longest = reference(bench, lr)
+        target = min(target, _target(found, settings))
+    return target
 
 
-def _stands_up(fast: Measured | None, target: float, settings: RangeTestSection, slow: Measured) -> bool:
-    """Whether S* may be read from a faster arm: compared with a slow one that has gone as far as arms do, it is not inadmissible."""
-    if fast is None or slow.exposure[-1] < target * (1 - 1e-9):
+def _stands_up(fast: Measured, slow: Measured, settings: RangeTestSection) -> bool:
+    """Whether S* may be read from a faster arm: compared with a slow one, it loses no more than the tolerance."""
+    if not len(fast.exposure):
         return False
-    compared = fast.upto(target).arm()
-    if not len(compared.exposure):
-        return False
-    verdict = judge(slow.base.mean(axis=1), slow.arm(), compared, settings.tolerance, settings.raggedness)
-    return verdict.verdict != "inadmissible"
+    verdict = _verdict(slow, fast, settings)
+    return verdict.verdict != "inadmissible" and verdict.excess <= settings.tolerance
+
+
+def _is_fast(found: Findings, settings: RangeTestSection) -> bool:
+    return any(reason.code == "fast_reference" for reason in _bounds(found, settings).reasons)
+
+
+def _verdict(reference: Measured, arm: Measured, settings: RangeTestSection) -> ArmVerdict:
+    return judge(arm.base.mean(axis=1), reference.arm(), arm.arm(), settings.tolerance, settings.raggedness)
 
 
 def _target(found: Findings, settings: RangeTestSection) -> float:
@@ -213,12 +235,11 @@ def _target(found: Findings, settings: RangeTestSection) -> float:
 
 def _descend(bench: Pool, found: Findings, top: float, target: float, settings: RangeTestSection) -> None:
     """Arms from the top of the grid down; an admissible one, or one of those found so, ends it."""
-    assert found.base is not None and found.reference is not None
-    base, reference, factor = found.base.mean(axis=1), found.reference.arm(), 10 ** (1 / settings.arms_per_decade)
+    assert found.reference is not None
+    reference, factor = found.reference, 10 ** (1 / settings.arms_per_decade)
 
     def admissible(arm: Measured) -> bool:
-        verdict = judge(base, reference, arm.arm(), settings.tolerance, settings.raggedness)
-        return verdict.verdict == "admissible"
+        return _verdict(reference, arm, settings).verdict == "admissible"
 
     lr, lowest = top, max([reference.lr, *(arm.lr for arm in found.arms if admissible(arm))])
     while lr > lowest * factor**0.5:
@@ -302,7 +323,7 @@ def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -
     """result.json: the analysis of whatever was measured."""
     settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
-    if found.longest is not None:
+    if found.longest is not None and len(found.longest.exposure):
         bounds = _bounds(found, settings)
     elif found.reference is not None:
         lower = "set the grid by hand, from lower rates: range_test.lr"

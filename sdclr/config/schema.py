@@ -214,7 +214,7 @@ class RangeTestSection(Section):
     seeds: Annotated[int, Field(ge=1, le=100)] = Field(
         1, description="training seeds for each split, whose losses are averaged"
     )
-    max_steps: Count = Field(3000, description="train steps that the reference arm may take at most")
+    max_steps: Count = Field(3000, description="train steps that an arm may take at most")
     max_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         None, description="stop after this long and report what is finished"
     )

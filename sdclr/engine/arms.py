@@ -55,9 +55,17 @@ class Measured:
         return Arm(self.lr, self.exposure, self.losses.mean(axis=2), self.diverged)
 
     def upto(self, exposure: float) -> Measured:
-        """Its points up to some exposure."""
+        """The arm as it would be, had it ended at some exposure; what became of it afterwards does not count."""
         keep = self.exposure <= exposure * (1 + 1e-9)
-        return dataclasses.replace(self, steps=self.steps[keep], exposure=self.exposure[keep], losses=self.losses[keep])
+        steps = self.steps[keep]
+        return dataclasses.replace(
+            self,
+            steps=steps,
+            exposure=self.exposure[keep],
+            losses=self.losses[keep],
+            rates=self.rates[: int(steps[-1])] if len(steps) else self.rates[:0],
+            diverged=self.diverged and not (self.exposure >= exposure * (1 - 1e-9)).any(),
+        )
 
 
 class Bench:

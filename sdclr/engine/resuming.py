@@ -87,7 +87,7 @@ def refuse_other_mathematics(
     for key, stored, given in changed(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
-        if key.startswith(accepted) and accepted and not key.startswith(NEVER):
+        if key.startswith(accepted) and not key.startswith(NEVER):
             continue
         asked = "" if key.startswith(NEVER) else f"; to accept the change: --set {key}={given}"
         clashes.append(f"{key} is {given} in the config, and the run was started with {stored}{asked}")

@@ -5,8 +5,9 @@ same draws, with a *reference* arm whose rate is low: what differs then is the r
 function over arrays; losses may be of any scale.
 
     gain      G(S) = V(0) − V_ref(S), the reference's
-    S*        the least exposure at which the reference has all but 2 % of the most that it gains: the bottom of V is so flat that
-              a handful of images cannot place its minimum, and what lies between the two buys nothing but memorised pictures
+    S*        the least exposure at which the longest arm (the reference, or one that stood up to it) has all but 2 % of the most
+              that it gains: the bottom of V is so flat that a handful of images cannot place its minimum, and what lies between
+              the two buys nothing but memorised pictures
     excess    e = [V_arm(S) − V_ref(S)] / G(S), a share of the gain; negative when the arm is better
     ragged    sd of the second differences of the arm's excess over its closing points, / √6
     ceiling   the rate at which the excess, fitted as a rising function of ln lr, crosses the tolerance
@@ -103,7 +104,7 @@ def analyse(
     """Judge arms against a reference.
 
     `base` are the untouched model's losses (images,); all losses are of the same images in the same order. S* is read from
-    `longest`, an admissible arm that went further than the reference; without one from the reference. Raises ValueError for
+    `longest`, an arm that went further than the reference and stood up to it; without one from the reference. Raises ValueError for
     arrays that do not fit each other or exposures that do not rise.
     """
     longest = longest or reference

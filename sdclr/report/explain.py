@@ -26,7 +26,6 @@ def _measured(result: dict[str, Any]) -> Iterator[Paragraph]:
             f"{gain['images']} held-out pictures, which no step is trained on, give the untouched model a loss of {gain['base_loss']:.4g}. Every state "
             "of the model is measured on the same noise at the same timesteps, so that two states differ by their training and not by luck. At its best, "
             f"slow training lowers that loss by {share:.1%}; the spread between the pictures leaves {low:.1%} to {high:.1%} possible (95 %). "
-            "All that follows is counted in shares of this gain."
         ),
     )
 
@@ -55,7 +54,8 @@ def _ceiling(result: dict[str, Any]) -> Iterator[Paragraph]:
     arm = arms[0]
     text = (
         f"{len(arms)} arms at constant rates from {arm['lr']:.2g} to {arms[-1]['lr']:.2g} started from the untouched model, each with a fresh optimizer and the "
-        "same pictures, noise and timesteps by step, and went to the same exposure. An arm's excess is what it lost there against slow training. "
+        "same pictures, noise and timesteps by step, and went to the same exposure. An arm's excess is what it lost there against slow training, "
+        "as a share of what slow training had gained by then. "
     )
     text += "; ".join(_arm(arm) for arm in arms) + "."
     if ceiling and best:

@@ -45,7 +45,7 @@ def _exposure_panel(
     reference = (result.get("reference") or {}).get("lr")
     for (lr, exposure, losses), shade in zip(curves, shades, strict=True):
         means = losses.mean(axis=1) / base
-        is_reference = lr == reference and len(means) > 8
+        is_reference = lr == reference and len(means) > 5
         axes.plot(
             exposure, means, color=shade, lw=2.6 if is_reference else 1.6, marker="o", ms=3.2, zorder=3,
             label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),

@@ -19,13 +19,16 @@ sys.path.insert(0, str(DATA))
 from make_demo import SEED, encode, make_denoiser, to_tensor  # noqa: E402
 from portraits import distinct_portraits, draw  # noqa: E402
 
+from sdclr.engine.plan import model_fingerprint  # noqa: E402
+
 PICTURES, STEPS, NAME_STEPS = 3000, 2000, 1000
 WIDTHS = (16, 32, 48)
 PARTS = Path(__file__).parent / "narrow-sd"
 
 
 def narrow_base(folder: Path) -> Path:
-    """The base in `folder` as a diffusers pipeline, put together from its parts when it is not there."""
+    """The base as a diffusers pipeline in a folder beside `folder`, named by what it is put together from, when it is not there."""
+    folder = folder.with_name(f"{folder.name}-{model_fingerprint(str(PARTS))[:8]}")
     if not folder.exists():
         pipeline = StableDiffusionPipeline.from_pretrained(DATA / "tiny-sd", torch_dtype=torch.float32)
         pipeline.unet = UNet2DConditionModel.from_pretrained(PARTS / "unet", torch_dtype=torch.float32)

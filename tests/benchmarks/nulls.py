@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import trials
@@ -66,7 +67,9 @@ def learned(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
     """The base has already been trained on all of the user's pictures, to twice S*."""
     folder = place.folder / "learned"
 
-    def make() -> None:
+    def base() -> Path:
+        if (folder / "model_index.json").exists():
+            return folder
         lr = (truth["ceiling"] or truth["screen_top"] / 10) / 4
         steps = max(1, min(2 * MOST, round(2 * truth["best_exposure"] / lr)))
         loaded, inputs = place.load(0, ["validation.fraction=0"])
@@ -74,11 +77,9 @@ def learned(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
         norm = loaded.config.optimizer.max_grad_norm
         curve(run, norm, "learned", lambda step: lr, steps, (), lambda exposure, losses: False, lambda: 0.0)
         run.parts.save_pipeline(folder)
+        return folder
 
-    if not (folder / "model_index.json").exists():
-        make()
-    extra = [f"model.base={folder}", f"range_test.max_steps={MOST}"]
-    return trials.range_test(place, seed, f"null-learned-{seed}", extra)
+    return trials.range_test(place, seed, f"null-learned-{seed}", [f"range_test.max_steps={MOST}"], base=base)
 
 
 NULLS = [

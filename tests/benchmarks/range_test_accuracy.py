@@ -85,11 +85,15 @@ def main() -> None:
         if args.base or case.narrow:
             base = args.base or narrow_base(args.work / "narrow-sd")
             case = dataclasses.replace(case, base=base.resolve())
-        path = args.results / f"{case.name}{'-quick' if args.quick else ''}.json"
-        work = args.work.resolve() / f"{case.name}-{model_fingerprint(str(case.base))[:8]}"
-        found.append(run_case(case, work, depth, parts, path))
-    write_bytes(args.results / "accuracy.png", pictures.accuracy(found))
+        base = model_fingerprint(str(case.base))[:8]
+        name = f"{case.name}{f'-{base}' if args.base else ''}{'-quick' if args.quick else ''}"
+        found.append(
+            run_case(case, args.work.resolve() / f"{case.name}-{base}", depth, parts, args.results / f"{name}.json")
+        )
     print(tables.everything(found))
+    if not (args.base or args.quick):
+        known = [_known(args.results / f"{case.name}.json") for case in CASES]
+        write_bytes(args.results / "accuracy.png", pictures.accuracy([case for case in known if case.get("tests")]))
 
 
 def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: Path) -> dict[str, Any]:
@@ -98,7 +102,8 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
     place = Place(case, work, path.with_suffix(".jsonl"))
     found = _known(path)
     found |= {"case": case.name, "overrides": list(case.overrides), "subject": case.subject, "pictures": case.pictures}
-    found |= {"base": model_fingerprint(str(case.base)), "method": trials.method(), "tests": []}
+    found |= {"base": model_fingerprint(str(case.base)), "method": trials.method()}
+    found.setdefault("tests", [])
 
     def note(key: str, value: Any) -> None:
         found[key] = value

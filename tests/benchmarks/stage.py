@@ -52,11 +52,11 @@ class Place:
             started = time.monotonic()
             value = make()
             seconds = round(time.monotonic() - started, 1)
-            line = json.dumps({"name": name, "key": key, "seconds": seconds, "value": value})
-            lines = self._kept() | {name: json.loads(line)}
+            kept = json.loads(json.dumps({"name": name, "key": key, "seconds": seconds, "value": value}))
+            lines = self._kept() | {name: kept}
             write_text(self.pieces, "".join(json.dumps(lines[name]) + "\n" for name in sorted(lines)))
             console.say(f"{self.case.name}: {name} took {seconds:.0f} s")
-        return self._kept()[name]["value"]
+        return kept["value"]
 
     def _kept(self) -> dict[str, dict[str, Any]]:
         if not self.pieces.exists():
@@ -106,7 +106,7 @@ class Judge:
             self.run, self.config.optimizer.max_grad_norm, name, lr_at, last, points, enough, measure or self.loss
         )
 
-    def losses(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+    def short_curve(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """As `curve`, without what is of every step."""
         found = self.curve(*arguments, **options)
         return {key: found[key] for key in ("steps", "exposure", "losses", "diverged")}

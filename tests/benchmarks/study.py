@@ -72,7 +72,7 @@ class Scale:
     sizes: tuple[int, ...] = (64,)
     size_sets: tuple[int, ...] = (0, 1, 2)
     replays: tuple[str, ...] = tuple(sorted(p.stem for p in REPLAYS.glob("*.yaml")))
-    rates: tuple[float, ...] = (0.25, 1.0, 2.0)
+    rates: tuple[float, ...] = (0.5, 2.0)
     rungs: tuple[int, ...] = (1, 2, 3, 4, 6)
     truth: int = 48
     draws: int = 8

@@ -28,6 +28,7 @@ from sdclr.report import console
 FIRST_SEED = 101
 METHOD = (
     "commands/range_test.py",
+    "config/schema.py",
     "engine/arms.py",
     "engine/validation.py",
     "lr/bounds.py",
@@ -49,14 +50,16 @@ def range_test(
     extra: Sequence[str] = (),
     inputs_of: Callable[[Inputs], Inputs] = lambda inputs: inputs,
     prepare: Callable[[Run], None] = lambda run: None,
+    base: Callable[[], Path] | None = None,
 ) -> dict[str, Any]:
-    """One range test with the program's functions: result.json's contents. `inputs_of` and `prepare` spoil it, for the nulls.
+    """One range test with the program's functions: result.json's contents. `inputs_of`, `prepare` and another `base` spoil it, for
+    the nulls.
 
     A test that breaks is a result too: verdict "crashed", its error the only reason.
     """
 
     def make() -> dict[str, Any]:
-        loaded, inputs = place.load(seed, extra)
+        loaded, inputs = place.load(seed, [*extra, *([f"model.base={base()}"] if base else [])])
         config, inputs = loaded.config, inputs_of(inputs)
         run = Run(config, inputs)
         assert run.held_out is not None
@@ -132,7 +135,7 @@ def train(judge: Judge, name: str, max_lr: float, steps: int) -> dict[str, Any]:
     """The case's schedule with peaks at `max_lr`, over so many steps, on the user's training split."""
     schedule = make_schedule(judge.config, judge.inputs.steps_per_epoch, steps, max_lr)
     points = {*log_points(steps, max(1, steps // 20)), *schedule.troughs()}
-    return judge.losses(name, schedule, steps, points)
+    return judge.short_curve(name, schedule, steps, points)
 
 
 def regret(truth: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def find(place: Place, effort: Effort) -> dict[str, Any]:
         name = f"truth-{lr:.3e}-seed-{seed}-{last}"
         return place.piece(
             name,
-            lambda: judge(seed).losses(
+            lambda: judge(seed).short_curve(
                 name, lambda step: lr, last, _points(span, lr, last, effort.points), _passed(base)
             ),
             [span, lr, effort.points],
@@ -102,7 +102,7 @@ def _pilot(judge: Judge, lr: float, cap: int) -> dict[str, Any]:
     def enough(exposure: list[float], losses: list[float]) -> bool:
         return len(losses) > 14 and exposure[-1] >= 3 * exposure[int(np.argmin(losses))]
 
-    return judge.losses(f"pilot-{lr:.3e}", lambda step: lr, cap, log_points(cap, 2), enough)
+    return judge.short_curve(f"pilot-{lr:.3e}", lambda step: lr, cap, log_points(cap, 2), enough)
 
 
 def _passed(base: float) -> Callable[[list[float], list[float]], bool]:

@@ -195,12 +195,13 @@ def test_a_longer_reference_is_longer_though_a_shorter_one_is_kept(copied):
     assert "edge" in [reason["code"] for reason in result_of(copied)["reasons"]]
     arms = copied.parent / "runs" / "tiny" / "range-test" / "arms"
 
-    def longest() -> int:
-        return max(len(read_json(path)["rates"]) for path in arms.glob("reference-*.json"))
+    def longest() -> dict:
+        return max((read_json(path) for path in arms.glob("reference-*.json")), key=lambda arm: len(arm["rates"]))
 
-    assert longest() == 40
+    assert len(longest()["rates"]) == 40
     run(copied, "range_test.max_steps=60")
-    assert longest() == 60
+    assert len(longest()["rates"]) == 60
+    assert longest()["steps"][0] == 8  # measured from its beginning, as if the shorter one had not been there
 
 
 def test_a_grid_set_by_hand_is_screened_though_another_screen_is_kept(copied):

@@ -7,16 +7,18 @@ import pytest
 
 from sdclr.commands import range_test
 from sdclr.config.schema import RangeTestSection
+from sdclr.engine.pool import Pool
 from sdclr.lr.bounds import analyse
 
 
 class Formula:
     """Arms whose losses follow a formula: every rate walks one curve of exposure, and loses a share of the gain in proportion."""
 
-    best, ceiling, gain = 0.3, 1e-3, 0.4
+    best, ceiling, gain, config = 0.3, 1e-3, 0.4, None
 
     def __init__(self):
         self.steps = 0
+        self.finished = {}
 
     def losses(self, exposure: float, lr: float) -> np.ndarray:
         x = exposure / self.best
@@ -89,6 +91,31 @@ def test_a_reference_that_does_not_stand_up_to_a_slower_one_does_not_show_the_be
     found = range_test.measure(bench, RangeTestSection())
     assert found.longest.lr < 2 * bench.ceiling
     assert bounds_of(found).best_exposure.value == pytest.approx(WITHIN_2_PERCENT * bench.best, rel=0.05)
+
+
+@pytest.mark.parametrize("layout", [lambda a, b: [[a], [b]], lambda a, b: [[a, b]]], ids=["two splits", "two seeds"])
+def test_a_slower_reference_is_judged_on_all_splits_and_seeds_together(layout):
+    benches = Formula(), Formula()
+    benches[0].gain, benches[1].gain = 0.36, 0.44
+    found = range_test.measure(Pool(layout(*benches)), RangeTestSection())
+    assert found.longest.lr > found.reference.lr
+    expected = Formula.ceiling + 0.9 * found.reference.lr
+    assert bounds_of(found).ceiling.value == pytest.approx(expected, rel=0.1)
+    assert bounds_of(found).best_exposure.value == pytest.approx(WITHIN_2_PERCENT * Formula.best, rel=0.05)
+
+
+def test_a_slower_reference_that_cannot_go_so_far_shortens_the_comparison():
+    class Short(Formula):
+        def arm(self, name, lr, lr_at, enough, due=lambda steps, exposure: True):
+            most = 60 if name.count("-") > 2 else 10_000
+            return super().arm(
+                name, lr, lr_at, lambda a: enough(a) or a.steps[-1] >= most, lambda n, s: due(n, s) or n >= most
+            )
+
+    found = range_test.measure(Short(), RangeTestSection())
+    assert found.longest.lr > found.reference.lr
+    assert max(arm.exposure[-1] for arm in found.arms) < found.reference.exposure[-1] + max(a.lr for a in found.arms)
+    assert bounds_of(found).ceiling
 
 
 def test_twice_the_arms_or_twice_the_exposure_leave_the_ceiling_where_it_is():
