@@ -131,6 +131,7 @@ def analyse(base: float, arms: Sequence[tuple[float, Sequence[dict[str, Any]]]],
     slow = [row for row in rows if ceiling and row["lr"] <= ceiling / 3 and not row["at_edge"]]
     slow = sorted(slow, key=lambda row: row["best_loss"])[:3] or [min(rows, key=lambda row: row["best_loss"])]
     exposure, losses = average_curve(slow)
+    reached = first_within(exposure, losses, base)
     within = losses <= losses.min() + LEVEL * max(base - losses.min(), 0.0)
     return {
         "base": base,
@@ -139,9 +140,9 @@ def analyse(base: float, arms: Sequence[tuple[float, Sequence[dict[str, Any]]]],
         "gain_share": gain / base,
         "ceiling": ceiling,
         "bracket": bracket,
-        "best_exposure": first_within(exposure, losses, base),
+        "best_exposure": reached,
         "lowest_at": float(exposure[np.argmin(losses)]),
-        "flat": [float(exposure[within].min()), float(exposure[within].max())],
+        "flat": [reached, float(exposure[within].max())],
         "span": span,
         "capped": sum(row["capped"] for row in rows),
         "rates": rows,
@@ -159,7 +160,7 @@ def _row(lr: float, curves: Sequence[dict[str, Any]], span: float) -> dict[str, 
         "best_loss": float(losses.min()) if not lost else float("inf"),
         "seed_spread": float(np.std(each, ddof=1)) if len(each) > 1 else None,
         "at_edge": bool(shortest and np.argmin(losses) == shortest - 1),
-        "capped": bool(shortest and exposure[-1] < 0.99 * span and not lost),
+        "capped": bool(shortest and exposure[-1] < min(0.99 * span, 2 * exposure[np.argmin(losses)]) and not lost),
         "exposure": exposure.tolist(),
         "losses": losses.tolist(),
     }

@@ -14,7 +14,7 @@ RESULT: dict[str, Any] = {
     "reasons": [],
     "gain": {"mean": 0.12, "low": 0.08, "high": 0.16, "agreement": 1.0, "images": 4, "base_loss": 0.2},
     "reference": {"lr": 2e-5, "steps": 400},
-    "best_exposure": {"value": 0.004, "interval": [0.003, 0.006]},
+    "best_exposure": {"value": 0.004, "interval": [0.003, 0.006], "lr": 2e-5},
     "ceiling": {"lr": 1.5e-4, "bracket": [1e-4, 2e-4]},
     "recommended": {"policy": "triangular", "base_lr": 0.0, "max_lr": 7.5e-5, "steps": 107, "cycles": 4.0},
     "arms": [

@@ -40,7 +40,7 @@ class Tags(HTMLParser):
 RESULT: dict[str, Any] = {
     "verdict": "conclusive", "reasons": [], "reference": {"lr": 2e-5, "steps": 900},
     "gain": {"mean": 0.12, "low": 0.08, "high": 0.16, "agreement": 1.0, "images": 4, "base_loss": 0.2},
-    "ceiling": {"lr": 2.3e-4, "bracket": [1e-4, 3.2e-4]}, "best_exposure": {"value": 0.0123, "interval": [0.0101, 0.0156]},
+    "ceiling": {"lr": 2.3e-4, "bracket": [1e-4, 3.2e-4]}, "best_exposure": {"value": 0.0123, "interval": [0.0101, 0.0156], "lr": 2e-5},
     "recommended": {"policy": "triangular", "base_lr": 0.0, "max_lr": 1.15e-4, "steps": 214, "cycles": 4},
     "arms": [{"lr": 1e-4, "steps": 60, "excess": 0.021, "low": -0.01, "high": 0.052, "ragged": 0.03, "verdict": "admissible"},
              {"lr": 1e-2, "steps": 3, "excess": None, "low": None, "high": None, "ragged": None, "verdict": "inadmissible"}],
