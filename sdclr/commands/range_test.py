@@ -46,7 +46,7 @@ BROKEN = 1.05
 """The ramp has broken the model when the held-out loss exceeds the untouched one by this factor."""
 CLOSING_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
 """Where along its exposure an arm is measured: every measurement costs as much as several steps."""
-FIRST, WIDER, CLOSER = 8, 1.3, 1.1
+FIRST, WIDER, CLOSER = 8, 1.3, 1.15
 """A reference arm is measured after so many steps, then each time its exposure has grown by the second factor; by less, but at
 least the third, where that is what it still lacks."""
 LEAST_POINTS = 8
@@ -168,7 +168,7 @@ def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
 
 
 def reference(bench: Pool, lr: float) -> Measured:
-    """The slow arm that the others are compared with, run until its loss has levelled off."""
+    """The slow arm that the others are compared with, run until two measurements in succession show that its loss has levelled off."""
     threshold = FIRST * lr
 
     def due(step: int, exposure: float) -> bool:
@@ -184,7 +184,8 @@ def reference(bench: Pool, lr: float) -> Measured:
         if len(arm.exposure) < LEAST_POINTS:
             return False
         threshold = min(threshold, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
-        return has_passed_best(base, arm.arm())
+        before = arm.upto(float(arm.exposure[-2]))
+        return has_passed_best(base, arm.arm()) and has_passed_best(base, before.arm())
 
     return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, enough, due)
 

@@ -30,7 +30,7 @@ LEVEL = 0.02
 """Share of the highest gain that S* forgoes."""
 PAST = 1.5
 """An arm has shown its S* when it has gone this many times as far and gained nothing that would move it."""
-NEAR = 0.9
+NEAR = 0.8
 """Share of the highest gain from which on the points of a curve place its top."""
 SLOW = 2.0
 """The ceiling must be this many times the reference's rate, or the reference's own excess hides too much of everybody's."""
