@@ -131,7 +131,7 @@ def draw_schedules(lines: Rows) -> bytes:
                 axes.errorbar(line["difference"], place, xerr=half, fmt="o", color=colour, capsize=4, lw=2, ms=7)
             axes.axvline(0, color=MUTED, lw=1)
             axes.set_title(f"top at {factor:g} × the ceiling")
-            axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.1%}")
+            axes.xaxis.set_major_formatter(lambda v, _: f"{v:+.0%}" if abs(v) > 1e-9 else "0")
             axes.tick_params(axis="x", labelsize=9.5)
             axes.locator_params(axis="x", nbins=4)
         panels[0].set_yticks(range(len(names)), names)
