@@ -201,7 +201,7 @@ class RangeTestSection(Section):
         0.25, description="unevenness of the curve, as a share of the gain, that is still admissible"
     )
     test_exposure: Annotated[float, Field(gt=0, le=2)] = Field(
-        0.35,
+        0.5,
         description="exposure at which arms are compared, as a share of the best one (at most the reference arm's)",
     )
     lr: tuple[Rate, Rate] | None = Field(

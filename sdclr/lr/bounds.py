@@ -150,7 +150,11 @@ def losses_at(base: np.ndarray, arm: Arm, exposure: float) -> np.ndarray:
 
 
 def judge(base: np.ndarray, reference: Arm, arm: Arm, tolerance: float, raggedness: float) -> ArmVerdict:
-    """An arm against the reference at the arm's own closing exposures, as shares of the reference's gain there."""
+    """An arm against the reference at the arm's own closing exposures, as shares of the reference's gain there.
+
+    Admissible or inadmissible is what lies surely within or beyond the tolerance; also admissible an arm within half of it, without
+    certainty, and inadmissible one that is ragged or no better than the untouched model.
+    """
     finite = np.isfinite(arm.losses).all()
     if arm.diverged or not finite:
         return ArmVerdict(arm.lr, float("inf"), float("inf"), float("inf"), float("inf"), "inadmissible")
@@ -165,7 +169,7 @@ def judge(base: np.ndarray, reference: Arm, arm: Arm, tolerance: float, raggedne
     mean = float(each.mean())
     ragged = float(np.sqrt(np.mean(np.diff(excess.mean(axis=1), 2) ** 2) / 6)) if len(rows) > 2 else 0.0
     worse_than_base = bool(arm.losses[-1].mean() >= base.mean())
-    if worse_than_base or (mean - half > 0 and mean > tolerance) or ragged > raggedness:
+    if worse_than_base or mean - half > tolerance or ragged > raggedness:
         verdict = "inadmissible"
     elif mean + half <= tolerance or (mean <= tolerance / 2 and ragged <= raggedness / 2):
         verdict = "admissible"
@@ -183,20 +187,13 @@ def find_ceiling(
     if not bad:
         return None, [
             Reason(
-                "grid_top", f"no rate up to {rates.max():.3g} was too high", "raise the top of the grid: range_test.lr"
+                "grid_top",
+                f"no rate up to {rates.max():.3g} was surely too high",
+                "raise the top of the grid: range_test.lr",
             )
         ]
     top = min(bad)
-    good = [reference_lr, *(v.lr for v in verdicts if v.verdict == "admissible" and v.lr < top)]
-    low = max(rate for rate in good if rate < top) if any(rate < top for rate in good) else None
-    if low is None:
-        return None, [
-            Reason(
-                "all_inadmissible",
-                f"every rate from {rates.min():.3g} up was too high",
-                "lower the grid: range_test.lr",
-            )
-        ]
+    low = max([reference_lr, *(v.lr for v in verdicts if v.verdict == "admissible" and v.lr < top)])
     excess = np.array([0.0, *(min(v.excess, 10.0) for v in verdicts)])
     order = np.argsort(rates)
     fitted = isotonic_regression(excess[order]).x
