@@ -167,6 +167,34 @@ def rungs(rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
+def contrasts(rows: Rows) -> list[tuple[str, str, str]]:
+    """For every measure, what more exposure changes (the last rung against κ = 1, the rates averaged) and what the rate does (the
+    fastest against the slowest, the rungs averaged): mean over training seeds, paired by prompt, with an interval over prompts."""
+    rates, kappas = sorted({r["rate"] for r in rows}), sorted({round(r["kappa"], 1) for r in rows})
+
+    def mean(measure: str, subject: str, wanted: Callable[[dict[str, Any]], bool]) -> np.ndarray:
+        own = [[p[measure] for p in r["prompts"] if p["subject"] == subject] for r in rows if wanted(r)]
+        return np.array(own).mean(axis=0)
+
+    def told(each: np.ndarray) -> str:
+        return f"{each.mean():+.3f} ± {half_width(each):.3f}"
+
+    return [
+        (
+            name,
+            told(
+                mean(measure, subject, lambda r: round(r["kappa"], 1) == kappas[-1])
+                - mean(measure, subject, lambda r: round(r["kappa"], 1) == 1.0)
+            ),
+            told(
+                mean(measure, subject, lambda r: r["rate"] == rates[-1] and r["kappa"] > 0)
+                - mean(measure, subject, lambda r: r["rate"] == rates[0] and r["kappa"] > 0)
+            ),
+        )
+        for measure, subject, name, _ in MEASURES
+    ]
+
+
 def tell_ladder(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
     lines = rungs(record["ladder"])
     (folder / "ladder.png").write_bytes(draw_ladder(lines))
@@ -183,8 +211,17 @@ def tell_ladder(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
         "Means over training seeds, prompts and sampling seeds; the interval is over prompts. κ = 0 is the untouched base.",
         table(head, rows),
         "![Likeness, obedience and variety against κ](ladder.png)",
+        *_exposure_or_rate(record["ladder"]),
         *(["![The same prompt and seed at every rung](ladder-grid.png)"] if pictures else []),
     ]
+
+
+def _exposure_or_rate(rows: Rows) -> list[str]:
+    rates, last = sorted({r["rate"] for r in rows}), max(r["kappa"] for r in rows)
+    if len(rates) < 2 or not any(round(r["kappa"], 1) == 1.0 for r in rows) or last < 1.5:
+        return []
+    head = ("measure", f"κ {last:.1f} against κ 1", f"top at {rates[-1]:g} against {rates[0]:g} × the ceiling")
+    return ["Exposure or rate? Differences paired by prompt:", table(head, contrasts(rows))]
 
 
 def draw_ladder(lines: Rows) -> bytes:
