@@ -320,7 +320,8 @@ def ladder_job(study: Study, seed: int, rate: float) -> list[dict[str, Any]]:
     bench = make_bench(study, loaded, read_inputs(loaded), f"ladder-{seed}-{rate}")
     schedule, cycle = ladder_schedule(study, rate)
     prompts = sampled_prompts(study)
-    key = key_of(bench.key, repr(schedule), repr(prompts), repr(study.scale), cycle)
+    scale = study.scale
+    key = key_of(bench.key, repr((schedule, prompts, cycle, scale.rungs, scale.pictures, scale.sampler_steps)))
     kept = bench.folder / "ladder.json"
     try:
         if (stored := read_json(kept))["key"] == key:
