@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,12 @@ from sdclr.cli import app
 from sdclr.config.schema import RunConfig
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+import study_report  # noqa: E402
+
 README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
@@ -58,3 +64,29 @@ def test_the_fault_table_is_the_last_run_of_the_harness():
         )
     )
     assert table == {name: f"{r['held']:,} of {r['tried']:,}" for name, r in results.items()}
+
+
+@pytest.mark.parametrize("case", ["mochi", "narrow"])
+def test_the_accuracy_table_is_the_last_run_of_the_bench(case):
+    stored = json.loads((RESULTS / "range-test" / f"{case}.json").read_text())
+    summary, truth = stored["summary"], stored["truth"]
+    row = next(line for line in README.splitlines() if line.startswith("|") and f"`{case}`" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    lr = f"{truth['ceiling']:.1e}".replace("e-0", "e-")
+    assert cells[1] == f"{lr}, {truth['best_exposure']:.3f}, {100 * truth['gain_share']:.0f} %"
+    assert cells[2].startswith(f"{summary['conclusive']} of {summary['tests']}")
+    assert cells[3] == f"{summary['ceiling_error']:.2f}, {summary['ceiling_spread']:.2f}"
+    held = round(summary["bracket_holds"] * summary["conclusive"])
+    assert cells[4] == f"{held} of {summary['conclusive']}, {summary['bracket_decades']:.2f}"
+    assert cells[5] == f"{summary['exposure_error']:.2f}"
+    assert cells[6] == f"{round(summary['exposure_holds'] * summary['conclusive'])} of {summary['conclusive']}"
+    assert cells[7] == f"{100 * summary['final_regret']:.1f} %"
+    assert cells[8] == f"{summary['cost_share']:.1f}"
+
+
+def test_what_is_said_of_the_schedules_is_what_the_study_found():
+    lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["schedules"])
+    told = {line["schedule"]: line for line in lines if line["factor"] == 1 and "half" in line}
+    for name in ("1 cycle", "linear to zero", "2 cycles", "4 cycles", "8 cycles", "25 cycles"):
+        difference, half = abs(100 * told[name]["difference"]), 100 * told[name]["half"]
+        assert f"{difference:.1f} % ± {half:.1f} %" in README, name
