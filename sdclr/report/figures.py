@@ -34,7 +34,7 @@ def range_test(
         left, right = figure.subplots(1, 2, width_ratios=(1.25, 1))
         _exposure_panel(left, base, curves, result)
         _excess_panel(right, result, tolerance)
-        return _png(figure)
+        return png(figure)
 
 
 def _exposure_panel(
@@ -155,7 +155,7 @@ def training(records: list[dict[str, Any]], title: str, marks: Sequence[int] = (
         bottom.set(xlabel="optimizer step", ylabel="loss")
         if steps or checks:
             bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=10)
-        return _png(figure)
+        return png(figure)
 
 
 def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
@@ -180,7 +180,7 @@ def comparison(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> bytes:
         handles = [Line2D([], [], **_look_of_line(number)) for number in range(len(runs))]
         figure.align_ylabels(panels[:, 0])
         figure.legend(handles, names, loc="outside lower center", ncols=columns, handlelength=3)
-        return _png(figure)
+        return png(figure)
 
 
 def _look_of_line(number: int) -> dict[str, Any]:
@@ -259,7 +259,8 @@ def _pieces(word: str, font: Any, width: int) -> list[str]:
     return pieces
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """A drawn figure as a PNG file's bytes."""
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sdclr.report.figures import MUTED, PALETTE, STYLE
+from sdclr.report.figures import MUTED, PALETTE, STYLE, png
 
 PANELS = (
     ("ceiling", "ceiling", lambda c: (c["lr"], *c["bracket"])),
@@ -38,9 +36,7 @@ def accuracy(found: Sequence[dict[str, Any]]) -> bytes:
             "itself inconclusive;\nyellow: what brute force leaves open (two neighbouring rates; exposures within 2 % of the gain)",
             fontsize=10.5,
         )
-        buffer = io.BytesIO()
-        FigureCanvasAgg(figure).print_png(buffer)
-        return buffer.getvalue()
+        return png(figure)
 
 
 def _row(axes: Any, row: int, case: dict[str, Any], key: str, read: Any) -> None:

@@ -10,12 +10,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from sdclr.lr.paired import half_width
-from sdclr.report.figures import MUTED, PALETTE, STYLE, grid
+from sdclr.report.figures import MUTED, PALETTE, STYLE, grid, png
 
 Rows = Sequence[dict[str, Any]]
 
@@ -140,7 +139,7 @@ def draw_schedules(lines: Rows) -> bytes:
             "difference to constant at equal exposure, share of the gain (left is better; grey: the interval holds zero)",
             fontsize=11,
         )
-        return _png(figure)
+        return png(figure)
 
 
 # The ladder -----------------------------------------------------------------------------------------------------------------
@@ -247,7 +246,7 @@ def draw_ladder(lines: Rows) -> bytes:
             axes.set_xlabel("κ = exposure / best exposure")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-        return _png(figure)
+        return png(figure)
 
 
 def ladder_grid(record: dict[str, Any], build: Path) -> bytes | None:
@@ -321,7 +320,7 @@ def draw_published(rows: Rows) -> bytes:
             axes.yaxis.set_major_formatter(lambda v, _: f"{v:.2g}")
         figure.supxlabel("optimizer step", fontsize=11)
         figure.supylabel("learning rate", fontsize=11)
-        return _png(figure)
+        return png(figure)
 
 
 def _beside(row: dict[str, Any]) -> tuple[bool, str, str]:
@@ -344,7 +343,7 @@ def draw_replays(rows: Rows) -> bytes:
         panels[1].set(xlabel="exposure S = Σ learning rate", title="against exposure")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        return _png(figure)
+        return png(figure)
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------------
@@ -362,9 +361,3 @@ def _grouped(rows: Rows, key: Callable[[dict[str, Any]], Any]) -> list[tuple[Any
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return list(found.items())
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
