@@ -86,7 +86,7 @@ NULLS = [
     Null("another subject's pictures", NO_GAIN, strangers),
     Null("optimizer without effect", NO_GAIN, frozen),
     Null("rates far too small", ("no_gain", "edge", "grid_top"), tiny_rates),
-    Null("subject already learned", NO_GAIN, learned),
+    Null("subject already learned", (*NO_GAIN, "low_edge"), learned),
 ]
 
 

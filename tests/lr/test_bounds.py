@@ -248,6 +248,11 @@ def test_a_loss_still_falling_at_the_end_is_an_edge() -> None:
     assert BEST / 3 < bounds.best_exposure.value <= BEST / 2
 
 
+def test_a_loss_that_only_rises_after_the_first_measurement_is_a_low_edge() -> None:
+    late = Arm(REFERENCE, np.geomspace(BEST, 8 * BEST, 12), true_losses(np.geomspace(BEST, 8 * BEST, 12)))
+    assert codes(analyse(BASE, late, [arm(rate) for rate in RATES])) == {"low_edge"}
+
+
 def test_arms_that_are_all_good_are_the_grids_top_and_give_no_ceiling() -> None:
     bounds = judged(RATES[:3])
     assert {verdict.verdict for verdict in bounds.arms} == {"admissible"}
@@ -274,13 +279,21 @@ def test_every_reason_names_a_key_of_the_config_that_would_help() -> None:
     made = [
         *analyse(BASE, flat, []).reasons,
         *analyse(BASE, reference(end=BEST / 2), [arm(rate) for rate in RATES]).reasons,
+        *analyse(BASE, Arm(REFERENCE, np.array([1e-5]), 0.9 * BASE[None]), [arm(rate) for rate in RATES]).reasons,
         *judged(RATES[:3]).reasons,
         *judged([RATES[-1]]).reasons,
         *analyse(BASE, dataclasses.replace(reference(), lr=0.7 * CEILING), [arm(2 * CEILING)]).reasons,
     ]  # fmt: skip
     sections = {name: field.annotation for name, field in RunConfig.model_fields.items()}
     keys = [f"{section}.{key}" for section, model in sections.items() for key in model.model_fields]  # type: ignore[union-attr]
-    assert {reason.code for reason in made} == {"no_gain", "edge", "grid_top", "wide_bracket", "fast_reference"}
+    assert {reason.code for reason in made} == {
+        "no_gain",
+        "low_edge",
+        "edge",
+        "grid_top",
+        "wide_bracket",
+        "fast_reference",
+    }
     for reason in made:
         assert any(key in reason.remedy for key in keys), reason.remedy
 
