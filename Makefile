@@ -23,6 +23,7 @@ measure: install  ## how good the embedded model is: VAE PSNR, obedience to held
 	$(BIN)/python data/measure_demo.py
 
 bench: install  ## sdclr train beside the bare floor and diffusers' script: a quarter of an hour on an idle machine (BENCH='--quick' for minutes)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/throughput.py $(BENCH)
 
 bench-range-test: install  ## the range test against brute force, on every case: hours (BENCH='--quick' for minutes); goes on where it stopped

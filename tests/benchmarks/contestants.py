@@ -171,6 +171,9 @@ def script(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    with contextlib.suppress(ImportError):  # the extra `bench` has it; the script does not start without it
+        import datasets  # noqa: F401
+
     say(imported=resident())
     accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
     noise_scheduler = DDPMScheduler.from_pretrained(args.model, subfolder="scheduler")

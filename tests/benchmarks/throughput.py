@@ -26,6 +26,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,7 @@ def machine(device: str) -> dict[str, Any]:
     facts = {
         "CPU": f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
         "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
+        "the script's imports": "with datasets" if find_spec("datasets") else "without datasets, which it does not start without: pip install '.[bench]'",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}",
     }
     if device == "cuda":
