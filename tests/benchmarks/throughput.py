@@ -198,7 +198,7 @@ def machine(device: str) -> dict[str, Any]:
     facts = {
         "CPU": f"{cpu}, {len(os.sched_getaffinity(0))} of {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
         "load": " ".join(f"{value:.2f}" for value in os.getloadavg()),
-        "the script's imports": "with datasets" if find_spec("datasets") else "without datasets, which it does not start without: pip install '.[bench]'",
+        "the script's imports": "all" if find_spec("datasets") else "without datasets (pip install '.[bench]')",
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}",
     }
     if device == "cuda":
