@@ -28,6 +28,7 @@ import rivals
 import tables
 import trials
 import truth as truth_
+import variants
 from cases import CASES, Case, prepare
 from narrow import narrow_base
 from stage import Place
@@ -50,6 +51,7 @@ class Depth:
     rival_seeds: int
     rival_runs: bool
     null_tests: int
+    variant_tests: int
 
 
 def main() -> None:
@@ -61,11 +63,11 @@ def main() -> None:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="few rates, one training seed, no sweep, no rivals' runs, no nulls: minutes",
+        help="few rates, one training seed, no sweep, no rivals' runs, no nulls, no variants: minutes",
     )
     parser.add_argument(
         "--only",
-        help="some of: tests,rivals,nulls (truth is always needed) [all, with --quick tests,rivals; nulls are of narrow alone]",
+        help="some of: tests,rivals,nulls,variants (truth is always needed) [all, with --quick tests,rivals; the last two are of narrow alone]",
     )
     parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
     parser.add_argument(
@@ -75,11 +77,11 @@ def main() -> None:
     args = parser.parse_args()
     chosen = _chosen(args.cases or ("mochi" if args.quick else None), parser)
     if args.quick:
-        depth = Depth(args.tests or 2, truth_.QUICK, (100,), (), 1, False, 1)
+        depth = Depth(args.tests or 2, truth_.QUICK, (100,), (), 1, False, 1, 1)
     else:
         tests = args.tests or 10
-        depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), True, tests)
-    parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls"])]
+        depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), True, tests, min(5, tests))
+    parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls", "variants"])]
     found = []
     for case in chosen:
         if args.base or case.narrow:
@@ -97,7 +99,7 @@ def main() -> None:
 
 
 def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: Path) -> dict[str, Any]:
-    """Truth, tests, rivals, nulls; what is known is written after every step, so a run cut short leaves its results."""
+    """Truth, tests, rivals, nulls, variants; what is known is written after every step, so a run cut short leaves its results."""
     prepare(case, work)
     place = Place(case, work, path.with_suffix(".jsonl"))
     found = _known(path)
@@ -131,6 +133,12 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
             for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.null_tests):
                 records.append(nulls.run(null, place, seed, truth))
                 note("nulls", records)
+    if "variants" in parts and case.nulls:
+        records = []
+        for name in variants.VARIANTS:
+            for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.variant_tests):
+                records.append(variants.run(name, place, seed, truth))
+                note("variants", records)
     return found
 
 

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+import variants as variants_
+
 Found = dict[str, Any]
 
 
@@ -18,6 +20,7 @@ def everything(found: Sequence[Found]) -> str:
             tests(found),
         ),
         ("Rivals (regret of a cyclical run up to their rate, of the ideal length)", rivals(found)),
+        ("One setting changed, the same seeds and splits (decades)", variants(found)),
         ("Nulls (the right answer is inconclusive)", nulls(found)),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts if table)
@@ -106,6 +109,33 @@ def rivals(found: Sequence[Found]) -> str:
         "constant run's loss at its best",
         "regret final / best",
     ]
+    return _table(header, rows)
+
+
+def variants(found: Sequence[Found]) -> str:
+    rows = []
+    for f in found:
+        records = f.get("variants", [])
+        for name in dict.fromkeys(record["variant"] for record in records):
+            s = variants_.summary([record for record in records if record["variant"] == name])
+            rows.append(
+                [
+                    f["case"],
+                    name,
+                    f"{s['conclusive']}/{s['tests']}",
+                    _number(s["moved"], ".2f"),
+                    _number(s["ceiling_error"], ".2f"),
+                    _percent(s["bracket_holds"], 0),
+                    _number(s["bracket_decades"], ".2f"),
+                    _number(s["exposure_error"], ".2f"),
+                    _percent(s["exposure_holds"], 0),
+                    _number(s["times_the_cost"], ".1f"),
+                ]
+            )
+    header = [
+        "case", "changed", "conclusive", "ceiling moved by", "its error", "bracket holds it", "bracket", "S* error",
+        "interval holds it", "× the cost",
+    ]  # fmt: skip
     return _table(header, rows)
 
 

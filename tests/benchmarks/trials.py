@@ -20,8 +20,8 @@ from stage import Judge, Place, log_points
 import sdclr
 from sdclr.commands.range_test import as_result, measure
 from sdclr.config.schema import RunConfig
-from sdclr.engine.arms import Bench
 from sdclr.engine.plan import Inputs, make_schedule
+from sdclr.engine.pool import Pool, make_pool
 from sdclr.engine.run import Run
 from sdclr.report import console
 
@@ -66,7 +66,7 @@ def range_test(
         prepare(run)
         folder = place.folder / "arms" / f"{name}-{method()}"
         with console.progress(name, total=None) as bar:
-            bench = Bench(run, run.held_out, config, folder, heard=bar.advance)
+            bench = make_pool(run, loaded, folder, None, None, bar.advance)
             try:
                 return as_result(measure(bench, config.range_test), bench, config, inputs)
             except Exception as error:  # whatever it is, it is the range test's bug, and the other tests go on
@@ -75,7 +75,7 @@ def range_test(
     return place.piece(name, make, [method(), list(extra)])
 
 
-def _crashed(error: Exception, bench: Bench) -> dict[str, Any]:
+def _crashed(error: Exception, bench: Pool) -> dict[str, Any]:
     where = traceback.extract_tb(error.__traceback__)[-1]
     text = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
     return {
@@ -103,8 +103,7 @@ def trial(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
 
 def against(truth: dict[str, Any], result: dict[str, Any], config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """Errors in decades (log10 of estimate over truth), coverage, cost in train steps and as a share of the recommended run."""
-    cost, batch = result["cost"], inputs.batches.samples_per_step
-    steps = cost["train_steps"] + cost["validation_forwards"] / (3 * batch)
+    steps = steps_of(result, inputs)
     record: dict[str, Any] = {
         "seed": config.run.seed,
         "verdict": result["verdict"],
@@ -113,7 +112,7 @@ def against(truth: dict[str, Any], result: dict[str, Any], config: RunConfig, in
         "best_exposure": result["best_exposure"],
         "recommended": result["recommended"],
         "cost_steps": round(steps, 1),
-        "seconds": cost["seconds"],
+        "seconds": result["cost"]["seconds"],
     }
     ceiling, best, plan = result["ceiling"], result["best_exposure"], result["recommended"]
     if ceiling and truth["ceiling"]:
@@ -129,6 +128,12 @@ def against(truth: dict[str, Any], result: dict[str, Any], config: RunConfig, in
     if plan:
         record["cost_share"] = steps / plan["steps"]
     return record
+
+
+def steps_of(result: dict[str, Any], inputs: Inputs) -> float:
+    """What a test cost in train steps: three forwards of a batch count as one."""
+    cost = result["cost"]
+    return float(cost["train_steps"] + cost["validation_forwards"] / (3 * inputs.batches.samples_per_step))
 
 
 def train(judge: Judge, name: str, max_lr: float, steps: int) -> dict[str, Any]:
