@@ -16,6 +16,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,8 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
         for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.rival_seeds):
             rates = rivals.rates(place, seed, truth, depth.ramps, depth.sweeps)
             records += rivals.compare(place, seed, truth, rates, depth.effort.cap, depth.rival_runs)
+            if depth.rival_runs and find_spec("prodigyopt"):
+                records.append(rivals.prodigy(place, seed, truth, depth.effort.cap))
             note("rivals", records)
     if "nulls" in parts and case.nulls:
         records = []

@@ -1,8 +1,8 @@
-"""What else a user might do: the ramps of the field with their own readings, a fixed-length sweep, a constant default.
+"""What else a user might do: the ramps of the field with their own readings, a fixed-length sweep, a constant default, Prodigy.
 
 Readings are written from their formulas, in the versions named: fastai 2.8.12 (`valley`, `steep`), Lightning 7f0c343
 (`lr_find`'s suggestion), and the linear ramp read at its minimum (Smith 2017, arXiv 1506.01186, section 3.3, as EveryDream2's
-users read it off a validation curve). Prodigy is left out: it is no dependency of this program.
+users read it off a validation curve). Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) comes from the extra `bench`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def compare(
     The run is as long as an ideal recommended one (peaks at half the true ceiling, exposure S*), a length no rival could know;
     without `runs` none is trained.
     """
-    steps = max(8, min(cap, round(4 * truth["best_exposure"] / truth["ceiling"]))) if truth["ceiling"] else cap
+    steps = _ideal_steps(truth, cap)
     records = []
     for rival, lr in found.items():
         ratio = math.log10(lr / truth["ceiling"]) if truth["ceiling"] else None
@@ -69,6 +69,38 @@ def compare(
             record |= {"steps": steps} | trials.regret(truth, run)
         records.append(record)
     return records
+
+
+def prodigy(place: Place, seed: int, truth: dict[str, Any], cap: int) -> dict[str, Any]:
+    """A run of the ideal length by Prodigy, which finds its rate itself, as its authors advise for diffusion: lr 1 on a cosine.
+
+    `lr` is the rate that it has found by the end.
+    """
+    from prodigyopt import Prodigy
+
+    steps = _ideal_steps(truth, cap)
+
+    def make() -> dict[str, Any]:
+        judge, made = Judge(place, seed), []
+
+        def own() -> Prodigy:
+            weights = [p for module in judge.run.modules.values() for p in module.parameters()]
+            made.append(Prodigy(weights, lr=1.0, weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True))
+            return made[-1]
+
+        judge.run._new_optimizer = own  # type: ignore[method-assign]
+        curve = judge.short_curve("prodigy", lambda step: (1 + math.cos(math.pi * step / steps)) / 2, steps, ())
+        return curve | {"lr": float(made[-1].param_groups[0]["d"])}
+
+    run = place.piece(f"rival-prodigy-{steps}-seed-{seed}", make)
+    ratio = math.log10(run["lr"] / truth["ceiling"]) if truth["ceiling"] else None
+    return {"rival": "Prodigy", "seed": seed, "lr": run["lr"], "decades_from_ceiling": ratio, "steps": steps,
+            **trials.regret(truth, run)}  # fmt: skip
+
+
+def _ideal_steps(truth: dict[str, Any], cap: int) -> int:
+    """Steps that collect S* on a cyclical run with peaks at half the ceiling; `cap` where brute force found no ceiling."""
+    return max(8, min(cap, round(4 * truth["best_exposure"] / truth["ceiling"]))) if truth["ceiling"] else cap
 
 
 def _held_out_curve(place: Place, seed: int, kind: str, lr_at: Any, steps: int, every: int) -> dict[str, Any]:
