@@ -99,3 +99,14 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     jobs = [job for part in ("schedules", "ladder", "replays") for job in study.PARTS[part].jobs(again)]
     rows = study.run_jobs(again, jobs, workers=1)
     assert rows == {part: record[part] for part in rows}
+
+
+def test_a_call_for_some_parts_keeps_what_an_earlier_one_found_on_the_same_scale(study):
+    scale = {"base": "tiny", "ceiling": 1e-4, "best_exposure": 0.02}
+    empty: dict = {part: [] for part in study.PARTS}
+    earlier = scale | empty | {"schedules": [row("constant", 1, 0.5), row("constant", 1, 0.5, factor=2.0)]}
+    record = scale | empty | {"schedules": [row("constant", 1, 0.4)], "sizes": [row("linear", 1, 0.3)]}
+    merged = study.with_earlier(record, earlier)
+    assert [(r["factor"], r["end"]["truth"]) for r in merged["schedules"]] == [(1.0, 0.4), (2.0, 0.5)]
+    assert merged["sizes"] == record["sizes"]
+    assert study.with_earlier(record | {"ceiling": 2e-4}, earlier)["schedules"] == record["schedules"]

@@ -136,10 +136,24 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     record = {"base": Path(args.base).name, "ceiling": ceiling, "best_exposure": best,
               "scale": dataclasses.asdict(study.scale), **{part: rows.get(part, []) for part in PARTS}}  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
-    write_json(results / "study.json", record)
-    study_report.write(results, json.loads((results / "study.json").read_text()), build)
+    path = results / "study.json"
+    record = json.loads(json.dumps(record))
+    write_json(path, with_earlier(record, json.loads(path.read_text()) if path.exists() else {}))
+    study_report.write(results, json.loads(path.read_text()), build)
     console.result(str(results / "study.md"))
     return results
+
+
+def with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
+    """The record, and what an earlier call has found on the same model and scale and this one was not asked for."""
+    if any(earlier.get(key) != record[key] for key in ("base", "ceiling", "best_exposure")):
+        return record
+    told = ("factor", "size", "seed", "fold", "schedule", "config", "rate", "kappa")
+    merged = dict(record)
+    for part in PARTS:
+        here = {tuple(row.get(key) for key in told) for row in record[part]}
+        merged[part] = record[part] + [r for r in earlier[part] if tuple(r.get(key) for key in told) not in here]
+    return merged
 
 
 def measured_scale(base: str, ceiling: float | None, best: float | None) -> tuple[float, float]:
