@@ -27,7 +27,6 @@ bench: install  ## sdclr train beside the bare floor and diffusers' script: a qu
 	$(BIN)/python tests/benchmarks/throughput.py $(BENCH)
 
 bench-range-test: install  ## the range test against brute force, on every case: hours (BENCH='--quick' for minutes); goes on where it stopped
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/range_test_accuracy.py --work build/bench-range-test $(BENCH)
 
 study: install  ## does cycling pay? at most three hours on two cores, goes on where it was stopped

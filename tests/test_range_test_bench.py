@@ -102,15 +102,17 @@ def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypa
     monkeypatch.setattr(nulls, "FEW", 6)
     monkeypatch.setattr(cases, "HELD_OUT", 4)
     settings = ("range_test.max_steps=48", "validation.timesteps_per_image=2")
-    case = cases.Case("mochi", pictures=10, overrides=settings, base=model, nulls=True)
+    case = cases.Case("mochi", pictures=10, overrides=settings, base=model, in_depth=True)
     effort = truth.Effort(per_decade=2, rates=3, seeds=2, cap=8, points=4)
     depth = range_test_accuracy.Depth(1, effort, (6,), (2,), 1, True, 1, 1)
     result = tmp_path / "results" / "mochi.json"
     parts = ["tests", "rivals", "nulls", "variants"]
     found = range_test_accuracy.run_case(case, tmp_path / "work", depth, parts, result)
     assert {record["null"] for record in found["nulls"]} == {null.name for null in nulls.NULLS}
-    assert not any(record["right_reason"] and not record["inconclusive"] for record in found["nulls"])
     assert [record["variant"] for record in found["variants"]] == list(variants.VARIANTS)
+    assert "Prodigy" in [record["rival"] for record in found["rivals"]]
+    assert all(record["verdict"] != "crashed" for record in (*found["tests"], *found["variants"]))
+    assert not any("crashed" in record["reasons"] for record in found["nulls"])
     assert "### Nulls" in tables.everything([found])
     assert Image.open(io.BytesIO(pictures.accuracy([found]))).width > 1200
     pieces = result.with_suffix(".jsonl")

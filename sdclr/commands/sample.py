@@ -15,7 +15,7 @@ from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.data.cache import key_of
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import model_fingerprint
+from sdclr.engine.plan import model_fingerprint, noise_schedule
 from sdclr.errors import InputError
 from sdclr.report import console, figures, page
 
@@ -69,7 +69,7 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     s = config.sample
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
     base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
-    sampler = (_noise_schedule(config.model.base), config.model.precision)
+    sampler = (noise_schedule(config.model), config.model.precision)  # auto is one precision on one machine
     settings = (base, *sampler, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     # By path, because two columns may hold the same weights: the best state is often a trough.
@@ -85,12 +85,6 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
                     write_bytes(paths[cell], buffer.getvalue())
                     bar.advance(columns[c].label.replace("\n", " "))
     return {cell: Image.open(path).convert("RGB") for cell, path in paths.items()}
-
-
-def _noise_schedule(base: str) -> str:
-    """The text of a local model's scheduler config: it decides a picture as much as the weights do."""
-    path = Path(base) / "scheduler" / "scheduler_config.json"
-    return path.read_text() if path.is_file() else ""
 
 
 class _Painter:

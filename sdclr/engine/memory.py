@@ -2,7 +2,7 @@
 
 One training step and one validation forward are run on torch's meta device (with mixed precision on its fake tensors, which follow
 autocast) while every storage's birth and death is noted. What lives at each moment is linear in the batch, so two counted batches
-give the peak of any other. What the libraries' kernels take for themselves is not seen.
+give the peak of any other. What libraries take for themselves is not seen, but measured: see KEPT and LIBRARIES.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from sdclr.model import components
 from sdclr.model.objective import squared_error
 
 GIB = 2**30
+KEPT, LIBRARIES = 0.4, 48 * 2**20
+"""On the CPU: the share of gradients and activations that the C library holds beside them, in gaps between blocks and for kernels (36 to
+44 % over batches of 1 to 8 and pictures of 128 and 256 pixels: tests/benchmarks/throughput.py --memory), and what is loaded and compiled
+with the first step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Needs:
     validation: Moments | None
     draws: int
     encoding: int
+    kept: float = 0.0
 
     @property
     def resident(self) -> int:
@@ -61,9 +66,9 @@ class Needs:
         return max(self.encoding, self.resident + self.working(batch))
 
     def working(self, batch: int) -> int:
-        """The peak of gradients and activations, in a training step or in a validation, whichever is higher."""
+        """The peak of gradients and activations, in a training step or in a validation, whichever is higher, and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
-        return max(self.training.peak(batch), looking)
+        return int((1 + self.kept) * max(self.training.peak(batch), looking))
 
     def largest(self, memory: int, most: int) -> int:
         """The largest batch up to `most` that fits; 0 when not even one sample does."""
@@ -97,9 +102,14 @@ def count(
         encoding += _bytes(parts.vae) + _bytes(parts.text_encoder)
     else:  # the frozen parts, the copy of the best or untouched weights, and the data lie in the same memory
         copy = weights * ((config.checkpoint.best and held_out > 0) or keeps_base)
-        lasting |= {"encoders": encoders, "copy": copy, "data": work.data_bytes(images, held_out)}
+        lasting |= {
+            "encoders": encoders,
+            "copy": copy,
+            "data": work.data_bytes(images, held_out),
+            "libraries": LIBRARIES,
+        }
         encoding += weights + encoders
-    return Needs(lasting, training, validation, draws, encoding)
+    return Needs(lasting, training, validation, draws, encoding, KEPT if device.type == "cpu" else 0.0)
 
 
 def available(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdclr.config.kinds import MAX_STEPS, Span
-from sdclr.config.schema import CYCLIC, RunConfig
+from sdclr.config.schema import CYCLIC, ModelSection, RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches
@@ -177,6 +177,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + _sampled(pair.path))
     return {
         "model": model_fingerprint(config.model.base),
+        "noise_schedule": noise_schedule(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
         "images": images.hexdigest(),
@@ -197,6 +198,15 @@ def model_fingerprint(base: str) -> str:
     for file in files:
         digest.update(f"{file.name}{file.stat().st_size}".encode() + _sampled(file))
     return digest.hexdigest()
+
+
+def noise_schedule(model: ModelSection) -> str:
+    """Of a local model, a hash of its scheduler's config (what is predicted, from what noise); of a hub model, its id."""
+    place = Path(model.config or model.base)
+    file = place / "scheduler" / "scheduler_config.json"
+    if file.is_file():
+        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    return "" if place.exists() else f"hub:{place}"
 
 
 def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> bytes:

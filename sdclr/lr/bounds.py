@@ -111,7 +111,7 @@ def analyse(
     _check(base, (reference, longest, *arms))
     best = best_exposure(base, longest, resamples)
     gain = paired_difference(base, losses_at(base, longest, best.value))
-    reasons = _no_gain(base, gain) or _low_edge(longest, best) or _edge(base, longest, best)
+    reasons = _no_gain(base, gain) or _edge(base, longest, best) or _low_edge(longest, best)
     if any(r.code == "no_gain" for r in reasons):
         return Bounds(None, None, gain, (), tuple(reasons))
     verdicts = tuple(judge(base, reference, arm, tolerance, raggedness) for arm in sorted(arms, key=lambda a: a.lr))
@@ -274,14 +274,14 @@ def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
 
 
 def _low_edge(longest: Arm, best: Estimate) -> list[Reason]:
-    if best.value > longest.exposure[0]:
+    if best.value > longest.exposure[0] * (1 + 1e-9):
         return []
     return [
         Reason(
             "low_edge",
             f"all there is to gain is gained by the first measurement of the arm at {longest.lr:.3g} (S* ≤ {best.value:.3g}): "
             "the model may know these images already",
-            "measure sooner, at a lower rate: range_test.lr",
+            "train on pictures that it does not know, or start from another model: model.base",
         )
     ]
 

@@ -30,7 +30,8 @@ MOCHI_SEED = 1234
 class Case:
     """`subject` names who draws the pictures: mochi, style or object; `overrides` are what `--set` takes.
 
-    A `narrow` case is for the base of half the width (see narrow.py), whose steps take half the time; the nulls are of one case.
+    A `narrow` case is for the base of half the width (see narrow.py), whose steps take half the time; nulls and variants are of the one
+    that is looked at `in_depth`.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Case:
     overrides: tuple[str, ...] = ()
     base: Path = ROOT / "data" / "tiny-sd"
     narrow: bool = False
-    nulls: bool = False
+    in_depth: bool = False
 
 
 CASES = [
@@ -47,7 +48,7 @@ CASES = [
     Case("style", "style", 60),
     Case("object", "object", 8),
     Case("text-encoder", overrides=("model.train=[unet, text_encoder]",)),
-    Case("narrow", narrow=True, nulls=True),
+    Case("narrow", narrow=True, in_depth=True),
     Case("batch-1", overrides=("batch.size=1",), narrow=True),
     Case("batch-8", overrides=("batch.size=8",), narrow=True),
     Case("betas", overrides=("optimizer.betas=[0.8, 0.95]",), narrow=True),

@@ -16,7 +16,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -127,21 +126,22 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
         for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.rival_seeds):
             rates = rivals.rates(place, seed, truth, depth.ramps, depth.sweeps)
             records += rivals.compare(place, seed, truth, rates, depth.effort.cap, depth.rival_runs)
-            if depth.rival_runs and find_spec("prodigyopt"):
+            if depth.rival_runs:
                 records.append(rivals.prodigy(place, seed, truth, depth.effort.cap))
             note("rivals", records)
-    if "nulls" in parts and case.nulls:
+    if "nulls" in parts and case.in_depth:
         records = []
         for null in nulls.NULLS:
             for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.null_tests):
                 records.append(nulls.run(null, place, seed, truth))
                 note("nulls", records)
-    if "variants" in parts and case.nulls:
-        records = []
+    if "variants" in parts and case.in_depth:
+        changed: dict[str, list[dict[str, Any]]] = {}
         for name in variants.VARIANTS:
-            for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.variant_tests):
-                records.append(variants.run(name, place, seed, truth))
-                note("variants", records)
+            seeds = range(trials.FIRST_SEED, trials.FIRST_SEED + depth.variant_tests)
+            changed[name] = [variants.run(name, place, seed, truth) for seed in seeds]
+            note("variants", [record for records in changed.values() for record in records])
+            note("variant_summaries", {name: variants.summary(records) for name, records in changed.items()})
     return found
 
 

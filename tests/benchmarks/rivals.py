@@ -2,18 +2,20 @@
 
 Readings are written from their formulas, in the versions named: fastai 2.8.12 (`valley`, `steep`), Lightning 7f0c343
 (`lr_find`'s suggestion), and the linear ramp read at its minimum (Smith 2017, arXiv 1506.01186, section 3.3, as EveryDream2's
-users read it off a validation curve). Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) comes from the extra `bench`.
+users read it off a validation curve). Prodigy (Mishchenko and Defazio 2023, arXiv 2306.06101) comes from its authors' package (prodigyopt).
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import trials
-from stage import Judge, Place
+from stage import Judge, Place, log_points
 from truth import excess_at
 
 from sdclr.engine.run import Run
@@ -74,28 +76,30 @@ def compare(
 def prodigy(place: Place, seed: int, truth: dict[str, Any], cap: int) -> dict[str, Any]:
     """A run of the ideal length by Prodigy, which finds its rate itself, as its authors advise for diffusion: lr 1 on a cosine.
 
-    `lr` is the rate that it has found by the end.
+    `lr` is the rate that it has found by the end: one of Adam's scale, whatever the case's optimizer.
     """
-    from prodigyopt import Prodigy
-
     steps = _ideal_steps(truth, cap)
 
     def make() -> dict[str, Any]:
+        from prodigyopt import Prodigy
+
         judge, made = Judge(place, seed), []
 
         def own() -> Prodigy:
             weights = [p for module in judge.run.modules.values() for p in module.parameters()]
-            made.append(Prodigy(weights, lr=1.0, weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True))
+            with contextlib.redirect_stdout(sys.stderr):  # it says so when it decouples weight decay
+                made.append(
+                    Prodigy(weights, lr=1.0, weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True)
+                )
             return made[-1]
 
         judge.run._new_optimizer = own  # type: ignore[method-assign]
-        curve = judge.short_curve("prodigy", lambda step: (1 + math.cos(math.pi * step / steps)) / 2, steps, ())
+        points = log_points(steps, max(1, steps // 20))
+        curve = judge.short_curve("prodigy", lambda step: (1 + math.cos(math.pi * step / steps)) / 2, steps, points)
         return curve | {"lr": float(made[-1].param_groups[0]["d"])}
 
     run = place.piece(f"rival-prodigy-{steps}-seed-{seed}", make)
-    ratio = math.log10(run["lr"] / truth["ceiling"]) if truth["ceiling"] else None
-    return {"rival": "Prodigy", "seed": seed, "lr": run["lr"], "decades_from_ceiling": ratio, "steps": steps,
-            **trials.regret(truth, run)}  # fmt: skip
+    return {"rival": "Prodigy", "seed": seed, "lr": run["lr"], "steps": steps, **trials.regret(truth, run)}
 
 
 def _ideal_steps(truth: dict[str, Any], cap: int) -> int:

@@ -6,8 +6,6 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-import variants as variants_
-
 Found = dict[str, Any]
 
 
@@ -20,7 +18,7 @@ def everything(found: Sequence[Found]) -> str:
             tests(found),
         ),
         ("Rivals (regret of a cyclical run up to their rate, of the ideal length)", rivals(found)),
-        ("One setting changed, the same seeds and splits (decades)", variants(found)),
+        ("One setting changed, the same seeds and splits (moves, errors and brackets in decades)", variants(found)),
         ("Nulls (the right answer is inconclusive)", nulls(found)),
     ]
     return "\n\n".join(f"### {title}\n\n{table}" for title, table in parts if table)
@@ -115,9 +113,7 @@ def rivals(found: Sequence[Found]) -> str:
 def variants(found: Sequence[Found]) -> str:
     rows = []
     for f in found:
-        records = f.get("variants", [])
-        for name in dict.fromkeys(record["variant"] for record in records):
-            s = variants_.summary([record for record in records if record["variant"] == name])
+        for name, s in f.get("variant_summaries", {}).items():
             rows.append(
                 [
                     f["case"],

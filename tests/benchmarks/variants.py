@@ -10,7 +10,8 @@ from typing import Any
 import trials
 from stage import Place
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "nothing": (),
     "twice the arms": ("range_test.arms_per_decade=8",),
     "arms twice as long": ("range_test.test_exposure=1",),
     "four times the draws": ("validation.timesteps_per_image=64",),
@@ -22,11 +23,11 @@ VARIANTS = {
 def run(name: str, place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
     """One changed test against the truth, and by how many decades its ceiling lies from that of the unchanged one."""
     changed = VARIANTS[name]
-    result = trials.range_test(place, seed, f"variant-{name.replace(' ', '-')}-{seed}", changed)
     plain = trials.range_test(place, seed, f"test-{seed}")
+    result = trials.range_test(place, seed, f"variant-{name.replace(' ', '-')}-{seed}", changed) if changed else plain
     loaded, inputs = place.load(seed, changed)
     record = {"variant": name, **trials.against(truth, result, loaded.config, inputs)}
-    if result["ceiling"] and plain["ceiling"]:
+    if result["verdict"] == plain["verdict"] == "conclusive":
         record["moved"] = math.log10(result["ceiling"]["lr"] / plain["ceiling"]["lr"])
     if plain["cost"]["train_steps"]:
         record["times_the_cost"] = record["cost_steps"] / trials.steps_of(plain, inputs)

@@ -165,12 +165,11 @@ def test_a_new_seed_draws_its_own_cells_alone_and_another_guidance_all(path, cal
 
 
 def test_another_precision_or_noise_schedule_draws_every_column_again(path, calls, model, tmp_path):
+    other = shutil.copytree(model, tmp_path / "other")
+    file = other / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
     sample(path)
-    for changed in ("model.precision=fp32", f"model.base={shutil.copytree(model, tmp_path / 'other')}"):
-        file = tmp_path / "other" / "scheduler" / "scheduler_config.json"
-        if file.exists():
-            settings = json.loads(file.read_text())
-            file.write_text(json.dumps(settings | {"prediction_type": "v_prediction"}))
+    for changed in ("model.precision=fp32", f"model.base={other}"):
         calls.clear()
         sample(path, [changed])
         assert len(calls) == 3 * 4

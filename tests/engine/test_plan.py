@@ -260,6 +260,17 @@ def test_the_fingerprint_sees_one_changed_byte_of_a_picture_or_a_small_model(wri
     assert fingerprint(loaded.config, inputs) != before
 
 
+def test_the_fingerprint_sees_another_noise_schedule(write: Write) -> None:
+    found = []
+    for text in ("epsilon", "v_prediction"):
+        file = Path("base/scheduler/scheduler_config.json")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps({"prediction_type": text}))
+        found.append(fingerprint(write().config, read_inputs(write())))
+    assert found[0] != found[1]
+    assert found[0] | {"noise_schedule": ""} == found[1] | {"noise_schedule": ""}
+
+
 def test_a_batch_larger_than_the_training_images_is_refused_at_its_cause(write: Write) -> None:
     assert problem(lambda: read_inputs(write(batch="{size: 21}"))).startswith(
         "c.yaml:4:9: batch.size leaves 16 images to train on, and a batch needs 21"

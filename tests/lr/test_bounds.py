@@ -248,9 +248,21 @@ def test_a_loss_still_falling_at_the_end_is_an_edge() -> None:
     assert BEST / 3 < bounds.best_exposure.value <= BEST / 2
 
 
-def test_a_loss_that_only_rises_after_the_first_measurement_is_a_low_edge() -> None:
-    late = Arm(REFERENCE, np.geomspace(BEST, 8 * BEST, 12), true_losses(np.geomspace(BEST, 8 * BEST, 12)))
-    assert codes(analyse(BASE, late, [arm(rate) for rate in RATES])) == {"low_edge"}
+def late(first: float = BEST) -> Arm:
+    """An arm whose lowest loss is that of its first point."""
+    exposure = np.geomspace(first, 8 * first, 12)
+    return Arm(REFERENCE, exposure, true_losses(exposure))
+
+
+@pytest.mark.parametrize("first", BEST * np.linspace(1, 1.5, 20))
+def test_a_loss_that_only_rises_after_the_first_measurement_is_a_low_edge(first: float) -> None:
+    assert codes(analyse(BASE, late(first), [arm(rate) for rate in RATES])) == {"low_edge"}
+
+
+def test_an_arm_that_was_cut_short_at_its_first_point_is_no_low_edge() -> None:
+    exposure = np.array([BEST, 1.2 * BEST])
+    found = analyse(BASE, Arm(REFERENCE, exposure, true_losses(exposure)), [arm(rate) for rate in RATES])
+    assert "edge" in codes(found) and "low_edge" not in codes(found)
 
 
 def test_arms_that_are_all_good_are_the_grids_top_and_give_no_ceiling() -> None:
@@ -279,7 +291,7 @@ def test_every_reason_names_a_key_of_the_config_that_would_help() -> None:
     made = [
         *analyse(BASE, flat, []).reasons,
         *analyse(BASE, reference(end=BEST / 2), [arm(rate) for rate in RATES]).reasons,
-        *analyse(BASE, Arm(REFERENCE, np.array([1e-5]), 0.9 * BASE[None]), [arm(rate) for rate in RATES]).reasons,
+        *analyse(BASE, late(), [arm(rate) for rate in RATES]).reasons,
         *judged(RATES[:3]).reasons,
         *judged([RATES[-1]]).reasons,
         *analyse(BASE, dataclasses.replace(reference(), lr=0.7 * CEILING), [arm(2 * CEILING)]).reasons,
