@@ -21,7 +21,14 @@ def measure(work: Path, quick: bool) -> list[dict[str, Any]]:
     demo, middle = ROOT / "data/tiny-sd", folder_of("middle", work)
     cases = [(demo, 64, 4, 16), (middle, 128, 8, 4)]
     if not quick:
-        cases = [(demo, 64, 4, 4), *cases, (middle, 128, 8, 1), (middle, 256, 8, 8)]
+        cases = [
+            (demo, 64, 4, 4),
+            *cases,
+            (middle, 128, 8, 1),
+            (middle, 192, 8, 6),
+            (middle, 256, 8, 2),
+            (middle, 256, 8, 8),
+        ]
     return [_case(work, *case) for case in cases]
 
 

@@ -326,6 +326,23 @@ def test_a_checkpoint_of_another_run_is_refused(stopped, trained):
         train(stopped, resume=True, checkpoint=trained / "checkpoints" / "step-000007")
 
 
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("scheduler/scheduler_config.json", r"its scheduler_config\.json is not the one"),
+        ("vae/diffusion_pytorch_model.safetensors", "its weights are not those"),
+    ],
+)
+def test_a_base_that_has_changed_meanwhile_is_refused(stopped, model, file, said):
+    data = (model / file).read_bytes()
+    (model / file).write_bytes(data.replace(b"epsilon", b"sample") if file.endswith("json") else data[:-1] + b"!")
+    try:
+        with pytest.raises(CheckpointError, match=said):
+            train(stopped, resume=True)
+    finally:
+        (model / file).write_bytes(data)
+
+
 def test_a_changed_config_is_refused_with_both_values_of_every_change_and_nothing_is_changed(stopped):
     path, folder = stopped, runs(stopped)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
