@@ -66,7 +66,7 @@ def test_the_fault_table_is_the_last_run_of_the_harness():
     assert table == {name: f"{r['held']:,} of {r['tried']:,}" for name, r in results.items()}
 
 
-@pytest.mark.parametrize("case", ["mochi", "narrow"])
+@pytest.mark.parametrize("case", ["mochi", "narrow", "sgd"])
 def test_the_accuracy_table_is_the_last_run_of_the_bench(case):
     stored = json.loads((RESULTS / "range-test" / f"{case}.json").read_text())
     summary, truth = stored["summary"], stored["truth"]
