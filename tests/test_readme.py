@@ -66,7 +66,7 @@ def test_the_fault_table_is_the_last_run_of_the_harness():
     assert table == {name: f"{r['held']:,} of {r['tried']:,}" for name, r in results.items()}
 
 
-@pytest.mark.parametrize("case", ["mochi", "narrow", "sgd"])
+@pytest.mark.parametrize("case", ["mochi", "narrow", "sgd", "batch-8"])
 def test_the_accuracy_table_is_the_last_run_of_the_bench(case):
     stored = json.loads((RESULTS / "range-test" / f"{case}.json").read_text())
     summary, truth = stored["summary"], stored["truth"]
@@ -90,3 +90,11 @@ def test_what_is_said_of_the_schedules_is_what_the_study_found():
     for name in ("1 cycle", "linear to zero", "2 cycles", "4 cycles", "8 cycles", "25 cycles"):
         difference, half = abs(100 * told[name]["difference"]), 100 * told[name]["half"]
         assert f"{difference:.1f} % ± {half:.1f} %" in README, name
+
+
+def test_what_is_said_of_more_pictures_is_what_the_study_found():
+    lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["sizes"])
+    told = [line for line in lines if "half" in line and line["schedule"] != "constant"]
+    assert len(told) == 3 and all(line["pairs"] == 9 for line in told)
+    for line in told:
+        assert f"{-100 * line['difference']:.1f} % ± {100 * line['half']:.1f} %" in README, line["schedule"]
