@@ -115,7 +115,11 @@ def _schedule_table(lines: Rows, first: tuple[str, Callable[[dict[str, Any]], st
 def draw_schedules(lines: Rows) -> bytes:
     """One panel a rate: every schedule's difference to constant with its interval."""
     factors = sorted({line["factor"] for line in lines})
-    names = [n for n in dict.fromkeys(line["schedule"] for line in lines) if n != "constant"]
+    most = max(factors, key=lambda factor: sum(line["factor"] == factor for line in lines))
+    ordered = sorted(
+        lines, key=lambda line: line["factor"] != most
+    )  # a rate that not all were run at adds none out of order
+    names = [n for n in dict.fromkeys(line["schedule"] for line in ordered) if n != "constant"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 1.6 + 0.5 * len(names)), layout="constrained")
         panels = np.atleast_1d(figure.subplots(1, len(factors), sharey=True))
