@@ -84,6 +84,14 @@ def test_the_accuracy_table_is_the_last_run_of_the_bench(case):
     assert cells[8] == f"{summary['cost_share']:.1f}"
 
 
+def test_what_is_said_of_more_and_longer_arms_is_what_the_bench_found():
+    found = json.loads((RESULTS / "range-test" / "narrow.json").read_text())["variant_summaries"]
+    more, longer = found["twice the arms"], found["arms twice as long"]
+    assert f"move the ceiling by {more['moved']:.2f}" in README and f"move it by {longer['moved']:.2f}" in README
+    assert f"from {found['nothing']['bracket_decades']:.2f} to {more['bracket_decades']:.2f}" in README
+    assert more["times_the_cost"] == pytest.approx(1.125, abs=0.03)
+
+
 def test_what_is_said_of_the_schedules_is_what_the_study_found():
     lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["schedules"])
     told = {(line["factor"], line["schedule"]): line for line in lines if "half" in line}
