@@ -85,7 +85,18 @@ Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[int, Field(ge=0, le=2**53)]
 Text = Annotated[str, Field(max_length=2000)]
-Place = Annotated[Path, AfterValidator(Path.expanduser)]
+
+
+def at_home(path: Path) -> Path:
+    """A path with ~ and ~user as the folders they stand for. Raises ValueError for a user that this machine does not know."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        user = path.parts[0][1:]
+        raise ValueError(f"names the home of {user!r}, and there is no such user here; write ./{path} for a folder of that name") from None  # fmt: skip
+
+
+Place = Annotated[Path, AfterValidator(at_home)]
 
 
 class Section(BaseModel):

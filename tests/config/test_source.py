@@ -313,6 +313,10 @@ def schedules(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
+PLACE = TEXT.filter(lambda text: not text.startswith("~"))
+"""A path that is no user's home."""
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> RunConfig:
     def some(**strategies: st.SearchStrategy[Any]) -> dict[str, Any]:
@@ -322,9 +326,9 @@ def configs(draw: st.DrawFn) -> RunConfig:
     steps = draw(st.one_of(st.just("auto"), SPAN))
     return RunConfig.model_validate(
         {
-            "run": {"name": draw(st.text(string.ascii_letters + string.digits + "_é", min_size=1, max_size=12)), **some(seed=st.integers(0, 2**53), tensorboard=st.booleans(), output_dir=TEXT.map(Path))},
-            "model": {"base": draw(TEXT.filter(lambda t: t and not t.endswith(".safetensors"))), **some(train=st.sampled_from([["unet"], ["unet", "text_encoder"]]))},
-            "data": {"images": Path(draw(TEXT)), **some(resolution=st.integers(4, 512).map(lambda n: 8 * n), flip=st.booleans(), caption=st.one_of(st.none(), TEXT), caption_dropout=st.floats(0, 1))},
+            "run": {"name": draw(st.text(string.ascii_letters + string.digits + "_é", min_size=1, max_size=12)), **some(seed=st.integers(0, 2**53), tensorboard=st.booleans(), output_dir=PLACE.map(Path))},
+            "model": {"base": draw(PLACE.filter(lambda t: t and not t.endswith(".safetensors"))), **some(train=st.sampled_from([["unet"], ["unet", "text_encoder"]]))},
+            "data": {"images": Path(draw(PLACE)), **some(resolution=st.integers(4, 512).map(lambda n: 8 * n), flip=st.booleans(), caption=st.one_of(st.none(), TEXT), caption_dropout=st.floats(0, 1))},
             "validation": {"fraction": 0 if blind else draw(st.floats(0, 0.99)), **some(every=SPAN)},
             "optimizer": some(weight_decay=st.floats(0, 1), eps=st.floats(1e-12, 1), max_grad_norm=st.one_of(st.none(), st.floats(0.1, 10))),
             "loss": some(min_snr_gamma=st.one_of(st.none(), st.floats(1, 10)), noise_offset=st.floats(0, 1)),
@@ -336,6 +340,13 @@ def configs(draw: st.DrawFn) -> RunConfig:
             "sample": some(prompts=st.lists(TEXT, min_size=1, max_size=3), negative_prompt=TEXT, guidance=st.floats(1, 20)),
         }
     )  # fmt: skip
+
+
+def test_the_home_of_a_user_that_is_not_there_is_refused_at_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"run: {{name: a}}\nmodel: {{base: '{tmp_path}'}}\ndata: {{images: '~no-such-user-0/pictures'}}\n")
+    with pytest.raises(ConfigError, match=r"run\.yaml:3.*no-such-user-0"):
+        load(path)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
