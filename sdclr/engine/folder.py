@@ -168,12 +168,10 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's refusal in an error of its own
         code = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in str(error) else 0)
+        again = "then run the same command again, sdclr train with --resume"
         hint = {
-            errno.ENOSPC: "free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.at_troughs); then run the same command again, sdclr train with --resume",
+            errno.ENOSPC: f"free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.at_troughs); {again}",
             errno.EROFS: "the disk is read-only: set run.output_dir to one that is not",
             errno.EACCES: "you may not write there: set run.output_dir to a folder of yours",
-        }.get(
-            code,
-            "check that the folder still exists and can be written; then run the same command again, sdclr train with --resume",
-        )
+        }.get(code, f"check that the folder still exists and can be written; {again}")
         raise StorageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}", hint) from error

@@ -116,9 +116,8 @@ def draw_schedules(lines: Rows) -> bytes:
     """One panel a rate: every schedule's difference to constant with its interval."""
     factors = sorted({line["factor"] for line in lines})
     most = max(factors, key=lambda factor: sum(line["factor"] == factor for line in lines))
-    ordered = sorted(
-        lines, key=lambda line: line["factor"] != most
-    )  # a rate that not all were run at adds none out of order
+    # The rate that most schedules were run at comes first, and gives them their order.
+    ordered = sorted(lines, key=lambda line: line["factor"] != most)
     names = [n for n in dict.fromkeys(line["schedule"] for line in ordered) if n != "constant"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12.4, 1.6 + 0.5 * len(names)), layout="constrained")
