@@ -88,12 +88,12 @@ Text = Annotated[str, Field(max_length=2000)]
 
 
 def at_home(path: Path) -> Path:
-    """A path with ~ and ~user as the folders they stand for. Raises ValueError for a user that this machine does not know."""
+    """A path with ~ and ~user as the folders they stand for; a user that this machine does not know is a problem."""
     try:
         return path.expanduser()
     except RuntimeError:
         user = path.parts[0][1:]
-        raise ValueError(f"names the home of {user!r}, and there is no such user here; write ./{path} for a folder of that name") from None  # fmt: skip
+        raise problem(f"names the home of {user!r}, and there is no such user here; write ./{path} for a folder of that name") from None  # fmt: skip
 
 
 Place = Annotated[Path, AfterValidator(at_home)]
