@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from sdclr.engine.checkpoint import FULL, save, verify
+from sdclr.engine.checkpoint import FULL, save, snapshot, verify
 from sdclr.engine.loop import TrainState, optimizer_steps
 from sdclr.model.objective import predict, squared_error
 
@@ -49,7 +49,7 @@ def test_one_adamw_step_of_sd_1_5_at_256_pixels_stays_below_20_gib_and_its_state
     assert peak <= 20
 
     started = time.monotonic()
-    kept = save(tmp_path, FULL, state, {"unet": unet}, {"kappa": None})
+    kept = save(tmp_path, FULL, snapshot(state, {"unet": unet}), {"unet": unet}, {"kappa": None})
     seconds, size = (
         time.monotonic() - started,
         sum(file.stat().st_size for file in kept.path.rglob("*") if file.is_file()),

@@ -19,7 +19,7 @@ from sdclr.errors import DivergenceError, InputError, SdclrError, StorageError
 from sdclr.report import console, metrics
 
 if TYPE_CHECKING:
-    from sdclr.engine.checkpoint import Checkpoint
+    from sdclr.engine.checkpoint import Checkpoint, Snapshot
 
 
 def train(
@@ -88,8 +88,8 @@ class Session:
         self.fingerprint = fingerprint(config, inputs)
         self.save_every = plan.save_every or max(1, -(-plan.steps // 10))
         held_out, stabilised = self.run.held_out, self.run.stabilised
-        keep_best = config.checkpoint.best and self.processes.main
-        self.watch = Watch(self.run, held_out, stabilised, keep_best) if held_out and stabilised else None
+        best = config.checkpoint.best
+        self.watch = Watch(self.run, held_out, stabilised, keep_best=best) if held_out and stabilised else None
         self.log: metrics.MetricsLog = metrics.Unwritten()
 
     # The story ----------------------------------------------------------------------------------------------------------------
@@ -122,10 +122,8 @@ class Session:
                     if result.step % plan.validate_every == 0 or trough or last:
                         self._look()
                     early, asked = self._should_stop_early(), stop.heard_by_any(self.processes)
-                    if last or early or asked:
-                        self.processes.on_main(self._save_all)
-                    elif result.step % self.save_every == 0 or trough:
-                        self.processes.on_main(lambda: self._try_to(self._save_all))
+                    if last or early or asked or trough or result.step % self.save_every == 0:
+                        self._keep(must=last or early or asked)
                     bar.advance(self._numbers(result.lr, result.loss))
                     if asked and not last:
                         raise stop.interrupted(
@@ -145,8 +143,11 @@ class Session:
 
     def finish(self) -> None:
         """Keep the average of the troughs, write the CSV and the report, export the best and the final model as diffusers folders."""
+        from sdclr.engine import sharding
+
         trained = {
-            name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in self.run.modules.items()
+            name: {k: v.clone() for k, v in sharding.weights_of(module).items()}
+            for name, module in self.run.modules.items()
         }
         averaged = self._save_average() if self.config.checkpoint.average else ""
         self.processes.on_main(lambda: self._write_up(trained, averaged))
@@ -168,13 +169,9 @@ class Session:
         lead = f"{self._in_words()} {averaged}".strip()
         write_text(self.folder.report, page.render(f"Run {self.config.run.name}", lead, sections))
         best = self.watch.best_weights if self.watch else None
-        for name, weights in (best or {}).items():
-            self.run.modules[name].load_state_dict(weights)
         if best:
-            self._export(self.folder.best)
-        for name, weights in trained.items():
-            self.run.modules[name].load_state_dict(weights)
-        self._export(self.folder.final)  # last: its presence says that the run is finished
+            self._export(best, self.folder.best)
+        self._export(trained, self.folder.final)  # last: its presence says that the run is finished
 
     # Beginning, going on ----------------------------------------------------------------------------------------------------
 
@@ -187,22 +184,23 @@ class Session:
         self.log = self._open_log(None)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        from sdclr.engine.checkpoint import best_beside, restore
+        from sdclr.engine.checkpoint import best_beside, restore, snapshot
         from sdclr.model.components import read_trained
 
         best, problems = self.processes.on_main(lambda: best_beside(checkpoint))
         info = restore(checkpoint, self.state, self.run.modules)
         if self.watch:
-            wanted = best and not problems and self.watch.keep_best
+            wanted = best and not problems and self.watch.keep_best and self.processes.main
             kept = read_trained(best.path, self.config.model.train) if best and wanted else None
             self.watch.restore(info["watch"], kept)
             if problems:
                 self.watch.forget_best()
                 console.warn(f"{'; '.join(problems)}: the best state is looked for anew from step {self.state.step} on")
-        self.processes.on_main(lambda: self._take_up(info.get("metrics")))
+        state = snapshot(self.state, self.run.modules)
+        self.processes.on_main(lambda: self._take_up(info.get("metrics"), state))
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
-    def _take_up(self, digest: str | None) -> None:
+    def _take_up(self, digest: str | None, state: Snapshot) -> None:
         """Leave of the folder what the resumed state counts on; `digest` is of the curves up to it."""
         from sdclr.engine.checkpoint import discard_after
 
@@ -212,7 +210,7 @@ class Session:
             console.warn(
                 f"{self.folder.metrics}: lines before step {self.state.step} are missing or altered; curves and report are of the rest"
             )
-        self._try_to(self._settle)
+        self._try_to(lambda: self._settle(state))
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
         board = self.folder.path / "tensorboard" if self.config.run.tensorboard else None
@@ -229,6 +227,15 @@ class Session:
         patience = self.config.train.early_stop
         return bool(patience and self.watch and self.watch.since_best >= patience)
 
+    def _keep(self, must: bool) -> None:
+        """Save where the run is; a save that `must` succeed ends the run if it does not."""
+        from sdclr.engine.checkpoint import snapshot
+
+        state = snapshot(self.state, self.run.modules)
+        self.processes.on_main(
+            (lambda: self._save_all(state)) if must else lambda: self._try_to(lambda: self._save_all(state))
+        )
+
     def _try_to(self, save: Callable[[], None]) -> None:
         try:
             save()
@@ -238,32 +245,32 @@ class Session:
                 f"{problem.message}{hint}\n  step {self.state.step} is not kept; training goes on to the next save"
             )
 
-    def _save_all(self) -> None:
+    def _save_all(self, state: Snapshot) -> None:
         """What a resumed run counts on first (the best, the curves), then the state to resume from, then what follows from it."""
         from sdclr.engine.checkpoint import FULL
 
         self._save_best()
         with storage_errors(self.folder.metrics):
             self.log.sync()
-        self._save(FULL)
-        self._settle()
+        self._save(FULL, state)
+        self._settle(state)
 
-    def _settle(self) -> None:
+    def _settle(self, state: Snapshot) -> None:
         """What follows from a saved step: its trough, and room made for later ones. A resumed run makes up for what was cut short here."""
         from sdclr.engine.checkpoint import prune
 
-        self._save_trough()
+        self._save_trough(state)
         prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
 
-    def _save_trough(self) -> None:
+    def _save_trough(self, state: Snapshot) -> None:
         """The weights alone, if this step ends a cycle and they are not yet kept."""
         from sdclr.engine.checkpoint import TROUGH, available, verify
 
-        if self.state.step not in self.troughs or not self.config.checkpoint.at_troughs:
+        if state.step not in self.troughs or not self.config.checkpoint.at_troughs:
             return
-        kept = [c for c in available(self.folder.checkpoints, (TROUGH,)) if c.step == self.state.step]
+        kept = [c for c in available(self.folder.checkpoints, (TROUGH,)) if c.step == state.step]
         if not kept or verify(kept[0]):
-            self._save(TROUGH)
+            self._save(TROUGH, state)
 
     def _save_best(self) -> None:
         from sdclr.engine.checkpoint import BEST, available, save_model
@@ -277,14 +284,14 @@ class Session:
                 BEST,
                 best.step,
                 best.exposure,
-                self.run.modules,
+                self.run.models,
                 self.watch.best_weights,
                 self._info(best.exposure, best.loss),
             )
 
     def _save_average(self) -> str:
         """One more kept state, with its own held-out loss; says what came of it. Leaves the average's weights in the model."""
-        from sdclr.engine import average
+        from sdclr.engine import average, sharding
         from sdclr.engine.checkpoint import AVERAGE, save_model
 
         mean, problems = average.of_troughs(self.folder.checkpoints, self.config.model.train)
@@ -292,23 +299,23 @@ class Session:
             console.warn("no average of the troughs was kept: " + "; ".join(problems))
             return ""
         for name, weights in mean.weights.items():
-            self.run.modules[name].load_state_dict(weights)
+            sharding.load_weights(self.run.modules[name], weights)
         loss = self.watch.measure() if self.watch else None
         info = {**self._info(mean.exposure, loss), "averaged": list(mean.steps)}
-        at, modules = (mean.steps[-1], mean.exposure), self.run.modules
-        self.processes.on_main(lambda: save_model(self.folder.checkpoints, AVERAGE, *at, modules, mean.weights, info))
+        at, models = (mean.steps[-1], mean.exposure), self.run.models
+        self.processes.on_main(lambda: save_model(self.folder.checkpoints, AVERAGE, *at, models, mean.weights, info))
         words = f"The average of {len(mean.steps)} troughs is kept" + (f": held-out loss {loss:.4f}." if loss else ".")
         console.say(words)
         return words
 
-    def _save(self, kind: str) -> None:
+    def _save(self, kind: str, state: Snapshot) -> None:
         from sdclr.engine.checkpoint import FULL, save
 
         last = self.watch.last if self.watch else None
-        info = self._info(self.state.exposure, last.loss if last else None)
+        info = self._info(state.exposure, last.loss if last else None)
         if kind == FULL:
             info |= self._to_go_on_with()
-        save(self.folder.checkpoints, kind, self.state, self.run.modules, info)
+        save(self.folder.checkpoints, kind, state, self.run.models, info)
 
     def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
         best = self.plan.best_exposure
@@ -328,12 +335,12 @@ class Session:
             "watch": watch.state() if watch else None,
         }
 
-    def _export(self, target: Path) -> None:
-        """A diffusers folder, written whole."""
+    def _export(self, weights: dict[str, dict[str, Any]], target: Path) -> None:
+        """The model with these weights as a diffusers folder, written whole."""
         partial = target.with_name(f".{target.name}.partial")
         with storage_errors(target):
             shutil.rmtree(partial, ignore_errors=True)
-            self.run.parts.save_pipeline(partial)
+            self.run.parts.with_weights(weights).save_pipeline(partial)
             sync_tree(partial)
             publish(partial, target)
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from sdclr.engine import sharding
 from sdclr.engine.folder import discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
 from sdclr.errors import CheckpointError, DivergenceError, StorageError
@@ -50,20 +51,35 @@ class Checkpoint:
             raise CheckpointError(f"{self.path}: its {STATE} cannot be read: {error}") from None
 
 
-def save(folder: Path, kind: str, state: TrainState, modules: dict[str, Any], info: dict[str, Any]) -> Checkpoint:
-    """Write the state as one checkpoint of `kind`; `modules` are the unwrapped trained models, `info` goes into state.json.
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A state as it is written: the trained models' weights by name, and the optimizer's tensors and numbers, all of them whole."""
+
+    step: int
+    exposure: float
+    weights: dict[str, dict[str, torch.Tensor]]
+    optimizer: tuple[dict[str, torch.Tensor], dict[str, float]]
+
+
+def snapshot(state: TrainState, modules: dict[str, torch.nn.Module]) -> Snapshot:
+    """The state now, of the unwrapped trained models; where they are in shares, all processes must ask and the main one gets it."""
+    weights = {name: sharding.weights_of(module) for name, module in modules.items()}
+    return Snapshot(state.step, state.exposure, weights, pack_optimizer(state.optimizer))
+
+
+def save(folder: Path, kind: str, state: Snapshot, models: dict[str, Any], info: dict[str, Any]) -> Checkpoint:
+    """Write the state as one checkpoint of `kind`; `models` know the weights' configs, `info` goes into state.json.
 
     Raises, leaving every earlier checkpoint as it was, StorageError when it cannot be written whole and DivergenceError when it
     holds numbers that are not finite: an update can spoil the weights a step before a loss shows it.
     """
-    weights = {name: module.state_dict() for name, module in modules.items()}
-    optimizer = pack_optimizer(state.optimizer) if kind == FULL else None
-    _refuse_non_finite(state.step, weights, optimizer[0] if optimizer else {})
-    return save_model(folder, kind, state.step, state.exposure, modules, weights, info, optimizer)
+    optimizer = state.optimizer if kind == FULL else None
+    _refuse_non_finite(state.step, state.weights, optimizer[0] if optimizer else {})
+    return save_model(folder, kind, state.step, state.exposure, models, state.weights, info, optimizer)
 
 
 def save_model(
-    folder: Path, kind: str, step: int, exposure: float, modules: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]],
+    folder: Path, kind: str, step: int, exposure: float, models: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]],
     info: dict[str, Any], optimizer: tuple[dict[str, torch.Tensor], dict[str, float]] | None = None,
 ) -> Checkpoint:  # fmt: skip
     """As `save`, for weights that may have been kept from an earlier step."""
@@ -76,8 +92,8 @@ def save_model(
         _refuse_full_disk(folder, weights, optimizer)
         try:
             partial.mkdir()
-            for part, module in modules.items():
-                save_weights(module, weights[part], partial / part, part)
+            for part, model in models.items():
+                save_weights(model, weights[part], partial / part, part)
             if optimizer:
                 save_file(optimizer[0], partial / OPTIMIZER)
             content["optimizer"] = optimizer[1] if optimizer else {}
@@ -89,10 +105,10 @@ def save_model(
     return Checkpoint(final, kind, step)
 
 
-def save_weights(module: Any, weights: dict[str, torch.Tensor], folder: Path, part: str) -> None:
+def save_weights(model: Any, weights: dict[str, torch.Tensor], folder: Path, part: str) -> None:
     """A model's config.json and weights as diffusers and transformers write them, in safetensors."""
     folder.mkdir(parents=True)
-    module.save_config(folder) if hasattr(module, "save_config") else module.config.save_pretrained(folder)
+    model.save_config(folder) if hasattr(model, "save_config") else model.config.save_pretrained(folder)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     save_file(tensors, folder / f"{WEIGHTS[part]}.safetensors", metadata={"format": "pt"})
 
@@ -101,7 +117,7 @@ def restore(checkpoint: Checkpoint, state: TrainState, modules: dict[str, Any]) 
     """Put a full checkpoint into the state (verified before); returns its state.json."""
     info = checkpoint.info()
     for part, module in modules.items():
-        module.load_state_dict(read_weights(checkpoint.path / part / f"{WEIGHTS[part]}.safetensors"))
+        sharding.load_weights(module, read_weights(checkpoint.path / part / f"{WEIGHTS[part]}.safetensors"))
     unpack_optimizer(state.optimizer, read_weights(checkpoint.path / OPTIMIZER), info["optimizer"])
     state.step, state.exposure = info["step"], info["exposure"]
     return info
@@ -215,7 +231,7 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Te
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = sharding.whole(value).detach().cpu().contiguous()
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
     scaler = getattr(optimizer, "scaler", None)  # accelerate's, in fp16: its scale is found by trial over many steps
@@ -228,6 +244,7 @@ def unpack_optimizer(
 ) -> None:
     """The inverse of `pack_optimizer`; parameter groups (rates, betas, ...) stay those of the config."""
     state: dict[int, dict[str, Any]] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = {name.removeprefix(SCALER): value for name, value in numbers.items() if name.startswith(SCALER)}
     if scaler and getattr(optimizer, "scaler", None):
         optimizer.scaler.load_state_dict(scaler)  # type: ignore[attr-defined]
@@ -235,6 +252,9 @@ def unpack_optimizer(
         if key.startswith(SCALER):
             continue
         index, _, name = key.partition(".")
+        like = parameters[int(index)]
+        if isinstance(value, torch.Tensor) and value.shape == like.shape:
+            value = sharding.share_of(value, like)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

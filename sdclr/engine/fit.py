@@ -46,20 +46,25 @@ def with_size(config: RunConfig, size: int) -> RunConfig:
 
 def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> None:
     """One line: what the run will need, and whether it fits; a warning when it does not."""
+    from sdclr.engine import sharding
+
     size, images, held_out = (
         inputs.batches.size // inputs.batches.processes,
         len(inputs.split.train),
         len(inputs.split.validation),
     )
     needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
+    in_shares = sharding.asked()
+    if in_shares:
+        needs = needs.shared(inputs.batches.processes)
     need = needs.at(size)
     what = {**needs.parts, "gradients and activations": needs.working(size)}
     parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= need / 100)
-    text = f"memory: {_shown(need)} of {_shown(free)} free {where} ({parts})"
+    text = f"memory: {'at most ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
     if need <= free:
         console.say(text)
         return
-    smaller = _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
+    smaller = 0 if in_shares else _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
     ways = [f"batch.size: {smaller}"] if smaller else []
     if not config.model.gradient_checkpointing:
         ways.append("model.gradient_checkpointing: true")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from sdclr.engine import sharding
 from sdclr.errors import DivergenceError
 
 
@@ -88,10 +89,11 @@ def assign_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 class _gradients_synced:
-    """Across processes, exchange gradients only with a step's last micro-batch."""
+    """Across processes, exchange gradients only with a step's last micro-batch; those in shares with each, or they would lie there whole."""
 
     def __init__(self, accelerator: Accelerator, modules: Sequence[torch.nn.Module], last: bool):
-        self.contexts = [] if last else [accelerator.no_sync(module) for module in modules]
+        side_by_side = [module for module in modules if not last and not sharding.is_sharded(module)]
+        self.contexts = [accelerator.no_sync(module) for module in side_by_side]
 
     def __enter__(self) -> None:
         for context in self.contexts:
@@ -104,7 +106,7 @@ class _gradients_synced:
 
 def _clip(parameters: list[torch.nn.Parameter], max_norm: float | None, accelerator: Accelerator) -> float:
     norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
-    return float(norm) if norm is not None else 0.0
+    return float(sharding.whole(norm)) if norm is not None else 0.0
 
 
 def _refuse_non_finite(step: int, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:

@@ -65,6 +65,13 @@ class Needs:
         """The peak of a run with this batch size."""
         return max(self.encoding, self.resident + self.working(batch))
 
+    def shared(self, processes: int) -> Needs:
+        """At most what each process needs where weights and optimizer are in shares; so are gradients, but a block's are whole for a while."""
+        parts = {
+            name: size // processes if name in ("weights", "optimizer") else size for name, size in self.parts.items()
+        }
+        return dataclasses.replace(self, parts=parts)
+
     def working(self, batch: int) -> int:
         """The peak of gradients and activations, in a training step or in a validation, whichever is higher, and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0

@@ -21,6 +21,7 @@ from sdclr.data.batches import Sample
 from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.dataset import View, pixels, views
 from sdclr.data.pairs import Pair, printable
+from sdclr.engine import sharding
 from sdclr.engine.loop import TrainState
 from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
@@ -51,7 +52,10 @@ class Encoded:
 
 
 class Run:
-    """One run's parts, ready to train; weights are the untouched base's until a state is trained."""
+    """One run's parts, ready to train; weights are the untouched base's until a state is trained.
+
+    `modules` are what is trained, `wrapped` the same as several processes train them, `models` whose configs are written.
+    """
 
     def __init__(
         self,
@@ -73,7 +77,11 @@ class Run:
         self.empty_tokens = components.tokenize(self.parts, [""])
         self.parts.vae.to("cpu")
         components.prepare_for_training(self.parts, config.model, self.device)
-        self.modules = self.parts.trainable(config.model.train)
+        self.modules = self.models = self.parts.trainable(config.model.train)
+        if sharding.asked():
+            self.models = {name: components.without_weights(module) for name, module in self.modules.items()}
+            for module in self.modules.values():
+                sharding.shard(module, self.device)
         self._base = {
             name: {k: v.detach().clone() for k, v in m.state_dict().items()}
             for name, m in self.modules.items()
@@ -81,10 +89,13 @@ class Run:
         }
         self._untouched = True
         self._first_scale = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
-        prepared = self.accelerator.prepare(*self.modules.values())
-        self.wrapped = dict(zip(self.modules, prepared if len(self.modules) > 1 else [prepared], strict=True))
+        self.wrapped = self.modules if sharding.asked() else self._prepared()
         if "text_encoder" not in self.modules:
             self.parts.text_encoder.to("cpu")
+
+    def _prepared(self) -> dict[str, torch.nn.Module]:
+        prepared = self.accelerator.prepare(*self.modules.values())
+        return dict(zip(self.modules, prepared if len(self.modules) > 1 else [prepared], strict=True))
 
     def on(self, inputs: Inputs) -> Run:
         """The same model and caches on another split, or another stream of samples; both runs share one set of weights."""
@@ -194,7 +205,7 @@ class Run:
         settings: dict[str, dict[str, Any]] = {
             "adamw": {"betas": c.betas, "eps": c.eps, "fused": True},
             "adafactor": {},
-            "sgd": {"momentum": c.momentum, "fused": True},
+            "sgd": {"momentum": c.momentum, "fused": not sharding.asked()},  # torch has no fused one for shares
         }
         optimizer = OPTIMIZERS[c.name](groups, lr=1e-3, weight_decay=c.weight_decay, **settings[c.name])
         self.accelerator._optimizers.clear()  # one optimizer at a time: an arm's must not be unscaled with the next one's
@@ -219,10 +230,12 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     device = PartialState().device
     accelerator = Accelerator(mixed_precision=components.mixed_precision(config.model.precision, device))
     kind = accelerator.distributed_type.name
-    if kind != "NO" and not kind.startswith("MULTI_"):
+    if sharding.asked():
+        sharding.refuse_other_ways(config.optimizer.name, accelerator.mixed_precision)
+    elif kind != "NO" and not kind.startswith("MULTI_"):
         raise InputError(
-            f"accelerate is set up for {kind}, and sdclr trains whole models side by side (data parallel) only",
-            hint="start it without: torchrun --nproc-per-node 2 -m sdclr ..., or accelerate launch --multi_gpu --num_processes 2 -m sdclr ...",
+            f"accelerate is set up for {kind}, and sdclr trains whole models side by side (data parallel) or in shares of several processes (FSDP 2)",
+            hint="start it so: accelerate launch --multi_gpu --num_processes 2 -m sdclr ..., or with --use_fsdp --fsdp_version 2 instead of --multi_gpu",
         )
     return accelerator
 

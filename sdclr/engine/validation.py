@@ -54,15 +54,22 @@ def evaluate(
     """The loss of every draw, float64 (images, K).
 
     `losses_of(image_indices, timesteps, noise)` returns one loss per draw; it is called in evaluation mode, without gradients, and
-    consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company.
+    consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company. Every process
+    runs as many as any other, some perhaps one whose losses another counts: weights in shares are gathered for all at once.
     """
-    own = range(accelerator.process_index, -(-len(draws) // batch_size), accelerator.num_processes)
+    count, processes = -(-len(draws) // batch_size), accelerator.num_processes
     values = torch.zeros(len(draws), dtype=torch.float64, device=accelerator.device)
-    with evaluation_mode(modules), torch.inference_mode():
-        for number in own:
+    with (
+        evaluation_mode(modules),
+        torch.no_grad(),
+    ):  # not inference_mode: what is gathered under it cannot be trained with
+        for first in range(0, count, processes):
+            number = min(first + accelerator.process_index, count - 1)
             part = slice(number * batch_size, (number + 1) * batch_size)
             images = [draws.image_of(i) for i in range(len(draws))[part]]
-            values[part] = losses_of(images, draws.timesteps[part], draws.noise[part]).double()
+            losses = losses_of(images, draws.timesteps[part], draws.noise[part]).double()
+            if number == first + accelerator.process_index:
+                values[part] = losses
     return accelerator.reduce(values, reduction="sum").cpu().numpy().reshape(-1, draws.per_image)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sdclr.engine import sharding
 from sdclr.engine.run import Encoded, Run
 from sdclr.errors import DivergenceError
 from sdclr.lr.paired import paired_difference
@@ -101,9 +102,9 @@ class Watch:
         if self.keep_best and look.step:
             # In memory until a checkpoint is due: a falling loss must not write the model at every look.
             self.best_weights = None  # before the next copy, not after it: two would not fit beside a large model
-            self.best_weights = {
-                n: {k: v.detach().cpu().clone() for k, v in m.state_dict().items()} for n, m in self.run.modules.items()
-            }
+            weights = {name: sharding.weights_of(module) for name, module in self.run.modules.items()}
+            if self.run.processes.main:
+                self.best_weights = {n: {k: v.detach().cpu().clone() for k, v in w.items()} for n, w in weights.items()}
 
 
 def _finite(value: float) -> float | None:

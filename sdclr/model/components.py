@@ -51,6 +51,13 @@ class Components:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
+    def with_weights(self, weights: dict[str, dict[str, torch.Tensor]]) -> Components:
+        """These parts, with other weights by name; the models that they replace stay as they are. Nothing is copied."""
+        others = {name: without_weights(getattr(self, name)) for name in weights}
+        for name, model in others.items():
+            model.load_state_dict(weights[name], assign=True)
+        return dataclasses.replace(self, **others)
+
     def save_pipeline(self, folder: Path) -> None:
         """Write the parts as a diffusers folder that `StableDiffusionPipeline.from_pretrained` opens; safetensors only.
 
@@ -111,6 +118,13 @@ def skeleton(config: ModelSection) -> Components:
         module.requires_grad_(False).eval()
     nothing: Any = None
     return Components(nothing, text_encoder, vae, unet, nothing, nothing)
+
+
+def without_weights(model: Any) -> Any:
+    """A model of the same kind and config on torch's meta device."""
+    with torch.device("meta"), quiet_libraries():
+        kind = type(model)
+        return kind.from_config(model.config) if hasattr(kind, "from_config") else kind(model.config)
 
 
 def check(config: ModelSection) -> None:

@@ -45,10 +45,10 @@ class Case:
 
 CASES = [
     Case("mochi"),
-    Case("style", "style", 60),
-    Case("object", "object", 8),
-    Case("text-encoder", overrides=("model.train=[unet, text_encoder]",)),
     Case("narrow", narrow=True, in_depth=True),
+    Case("style", "style", 60, narrow=True),
+    Case("object", "object", 8, narrow=True),
+    Case("text-encoder", overrides=("model.train=[unet, text_encoder]",), narrow=True),
     Case("batch-1", overrides=("batch.size=1",), narrow=True),
     Case("batch-8", overrides=("batch.size=8",), narrow=True),
     Case("betas", overrides=("optimizer.betas=[0.8, 0.95]",), narrow=True),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sdclr.engine import checkpoint as checkpoints
-from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available, newest_sound, prune, restore, save, verify
+from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available, newest_sound, prune, restore, save, snapshot, verify
 from sdclr.engine.loop import TrainState
 from sdclr.errors import CheckpointError, StorageError
 
@@ -60,7 +60,7 @@ def test_the_loss_scale_of_fp16_comes_back(run, tmp_path):
         state.optimizer.scaler.scale(torch.ones(()))
         return state
 
-    kept = save(tmp_path, FULL, scaled(8.0), run.modules, {"kappa": None})
+    kept = save(tmp_path, FULL, snapshot(scaled(8.0), run.modules), run.modules, {"kappa": None})
     other = scaled(65536.0)
     restore(kept, other, run.modules)
     assert other.optimizer.scaler.get_scale() == 8.0
@@ -70,7 +70,13 @@ def test_the_loss_scale_of_fp16_comes_back(run, tmp_path):
 @pytest.fixture(scope="module")
 def whole(run, tmp_path_factory) -> checkpoints.Checkpoint:
     """One full checkpoint; not to be written to."""
-    return save(tmp_path_factory.mktemp("whole"), FULL, trained_state(run, "adamw"), run.modules, {"kappa": None})
+    return save(
+        tmp_path_factory.mktemp("whole"),
+        FULL,
+        snapshot(trained_state(run, "adamw"), run.modules),
+        run.modules,
+        {"kappa": None},
+    )
 
 
 @pytest.fixture
@@ -82,7 +88,7 @@ def copied(whole, tmp_path) -> checkpoints.Checkpoint:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_weights_and_optimizer_state_come_back_bit_for_bit_and_train_on_alike(run, tmp_path, name):
     state = trained_state(run, name)
-    stored = save(tmp_path, FULL, state, run.modules, {"note": "x"})
+    stored = save(tmp_path, FULL, snapshot(state, run.modules), run.modules, {"note": "x"})
     before, moments = (
         weights(state),
         {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in flat(state.optimizer).items()},
@@ -198,7 +204,7 @@ def test_info_of_a_damaged_state_is_a_checkpoint_error(copied):
 
 def at(run, folder: Path, kind: str, step: int) -> checkpoints.Checkpoint:
     state = TrainState(run.modules, SETTINGS["sgd"](list(run.modules["unet"].parameters())), step, step * 1e-3)
-    return save(folder, kind, state, run.modules, {})
+    return save(folder, kind, snapshot(state, run.modules), run.modules, {})
 
 
 def names(folder: Path) -> set[str]:
@@ -311,9 +317,15 @@ def test_a_disk_too_small_is_refused_before_anything_is_written(run, tmp_path, m
 
 def test_names_tell_kind_step_exposure_and_kappa(run, tmp_path):
     state = TrainState(run.modules, SETTINGS["sgd"](list(run.modules["unet"].parameters())), 400, 0.00123)
-    assert save(tmp_path, FULL, state, run.modules, {"kappa": 0.5}).path.name == "step-000400"
-    assert save(tmp_path, TROUGH, state, run.modules, {"kappa": 0.5}).path.name == "trough-000400_S1.23e-03_k0.50"
-    assert save(tmp_path, BEST, state, run.modules, {"kappa": None}).path.name == "best-000400_S1.23e-03"
+    assert save(tmp_path, FULL, snapshot(state, run.modules), run.modules, {"kappa": 0.5}).path.name == "step-000400"
+    assert (
+        save(tmp_path, TROUGH, snapshot(state, run.modules), run.modules, {"kappa": 0.5}).path.name
+        == "trough-000400_S1.23e-03_k0.50"
+    )
+    assert (
+        save(tmp_path, BEST, snapshot(state, run.modules), run.modules, {"kappa": None}).path.name
+        == "best-000400_S1.23e-03"
+    )
 
 
 def test_the_manifest_lists_every_other_file_with_its_sha256(whole):

@@ -42,6 +42,17 @@ def no_figure(monkeypatch):
     monkeypatch.setattr(figures, "range_test", lambda *given: b"a figure")
 
 
+COUNTS = {"alone": 1, "side by side": 2, "in shares": 2}
+"""Ways of training the same run, and their numbers of processes; the last is FSDP, as accelerate's config asks for it."""
+
+
+def launch_as(way: str, work: Callable[[], None], folder: Path) -> Ended:
+    """Do some work in one of these ways."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", str(way == "in shares").lower())
+        return launch(COUNTS[way], work, folder)
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., Ended]:
     """Trains a config in some processes: train(2, path, "--resume")."""
@@ -58,16 +69,16 @@ def write(model: Path, pictures: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def finished(write, tmp_path_factory) -> dict[int, tuple[Path, Ended]]:
-    """The run of the settings above, trained to its end in one process and in two: its folder and how they ended."""
+def finished(write, tmp_path_factory) -> dict[str, tuple[Path, Ended]]:
+    """The run of the settings above, trained to its end in each way: its folder and how the processes ended."""
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "training", lambda records, title, marks: b"a figure")
-        for count in (1, 2):
-            folder = tmp_path_factory.mktemp(f"in-{count}")
-            ended = launch(count, command("train", write(folder)), folder / "said")
+        for way, count in COUNTS.items():
+            folder = tmp_path_factory.mktemp(way.replace(" ", "-"))
+            ended = launch_as(way, command("train", write(folder)), folder / "said")
             assert ended.codes == (0,) * count, ended.err
-            found[count] = (folder / "runs" / "tiny", ended)
+            found[way] = (folder / "runs" / "tiny", ended)
     return found
 
 
@@ -103,9 +114,12 @@ def said_once(ended: Ended, message: str) -> bool:
 
 # The same mathematics --------------------------------------------------------------------------------------------------------------
 
+several = pytest.mark.parametrize("way", ["side by side", "in shares"])
 
-def test_two_processes_train_the_weights_of_one(finished, model):
-    (one, _), (two, _) = finished[1], finished[2]
+
+@several
+def test_two_processes_train_the_weights_of_one(finished, model, way):
+    one, two = finished["alone"][0], finished[way][0]
     assert difference(one, two) < 1e-5
     assert difference(one, two, "best") < 1e-5
     moved = load_file(one / "final" / "unet" / WEIGHTS["unet"])
@@ -113,33 +127,40 @@ def test_two_processes_train_the_weights_of_one(finished, model):
     assert max(float((moved[key] - base[key]).norm() / base[key].norm()) for key in base if base[key].norm()) > 1e-2
 
 
-def test_two_processes_log_what_one_logs(finished):
-    ours, theirs = (metrics.read(finished[n][0] / "metrics.jsonl") for n in (1, 2))
+@several
+def test_two_processes_log_what_one_logs(finished, way):
+    ours, theirs = (metrics.read(finished[n][0] / "metrics.jsonl") for n in ("alone", way))
     assert len(ours) == len(theirs) == 8 + 5
     for one, two in zip(ours, theirs, strict=True):
         assert (one["kind"], one["step"], one.get("lr"), one["exposure"]) == (
             two["kind"], two["step"], two.get("lr"), two["exposure"],
         )  # fmt: skip
         assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
+        assert one.get("grad_norm", 0) == pytest.approx(two.get("grad_norm", 0), rel=1e-5)
 
 
-def test_the_untouched_model_has_the_same_held_out_loss_to_the_last_bit(finished):
-    first = [looks(finished[n][0])[0] for n in (1, 2)]
+@several
+def test_the_untouched_model_has_the_same_held_out_loss_to_the_last_bit(finished, way):
+    first = [looks(finished[n][0])[0] for n in ("alone", way)]
     assert first[0]["images"] == first[1]["images"]
     assert first[0] == first[1]
 
 
-def test_two_processes_write_each_file_once_and_whole(finished):
-    one, two = finished[1][0], finished[2][0]
+@several
+def test_two_processes_write_each_file_once_and_whole(finished, way):
+    one, two = finished["alone"][0], finished[way][0]
     assert files(one) == files(two)
     assert all(not verify(checkpoint) for checkpoint in available(two / "checkpoints"))
-    assert (one / "config.yaml").read_text().replace("in-1", "in-2").split("output_dir")[0] == (
-        two / "config.yaml"
-    ).read_text().split("output_dir")[0]
+    ours, theirs = ((run / "config.yaml").read_text().split("output_dir")[0] for run in (one, two))
+    assert ours == theirs
+    for kept in ("final", "checkpoints/step-000008"):
+        configs = [json.loads((run / kept / "unet" / "config.json").read_text()) for run in (one, two)]
+        assert configs[0] == configs[1]
 
 
-def test_two_processes_talk_as_one(finished):
-    (one, alone), (two, together) = finished[1], finished[2]
+@several
+def test_two_processes_talk_as_one(finished, way):
+    (one, alone), (two, together) = finished["alone"], finished[way]
     assert together.out == f"{two / 'final'}\n"
     assert alone.out == f"{one / 'final'}\n"
     for word in ("8 samples a step", "the average of 2 troughs is kept"):
@@ -166,11 +187,14 @@ def test_each_process_measures_its_share_of_the_draws(tmp_path):
 
     ended = launch(2, work, tmp_path)
     assert ended.codes == (0, 0), ended.err
-    assert sorted(ended.out.split("\n")[:2]) == ["[4, 4]", "[4]"]
+    assert ended.out.split("\n")[:2] == ["[4, 4]", "[4, 4]"], "three batches, and one again, so that both run as many"
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_goes_on_with_another_number_of_processes(finished, write, train, tmp_path, before, after):
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("alone", "side by side"), ("side by side", "alone"), ("alone", "in shares"), ("in shares", "alone")],
+)
+def test_a_run_goes_on_with_another_number_of_processes(finished, write, tmp_path, before, after):
     path = write(tmp_path)
     run = tmp_path / "runs" / "tiny"
     shutil.copytree(finished[before][0], run)
@@ -178,30 +202,82 @@ def test_a_run_goes_on_with_another_number_of_processes(finished, write, train, 
     for checkpoint in available(run / "checkpoints"):
         if checkpoint.step > 4:
             shutil.rmtree(checkpoint.path)
-    ended = train(after, path, "--resume")
-    assert ended.codes == (0,) * after, ended.err
+    ended = launch_as(after, command("train", path, "--resume"), tmp_path / "said")
+    assert ended.codes == (0,) * COUNTS[after], ended.err
     assert "at step 4" in ended.err
     assert "warning" not in ended.err
-    assert difference(finished[1][0], run) < 1e-5
-    assert [r["loss"] for r in looks(run)] == pytest.approx([r["loss"] for r in looks(finished[1][0])], rel=1e-6)
+    one = finished["alone"][0]
+    assert difference(one, run) < 1e-5
+    assert [r["loss"] for r in looks(run)] == pytest.approx([r["loss"] for r in looks(one)], rel=1e-6)
 
 
-def test_the_range_test_in_two_processes_measures_what_one_measures(model, pictures, tmp_path):
+def test_momentum_goes_on_in_shares(write, tmp_path):
+    """SGD's one number a weight comes back as it was, from shares to shares."""
+    settings = (
+        "optimizer: {name: sgd}\nschedule: {policy: constant, max_lr: 0.1}\ntrain: {steps: 4}\ncheckpoint: {every: 2}"
+    )
+    runs = {}
+    for way in ("alone", "in shares"):
+        (folder := tmp_path / way).mkdir()
+        ended = launch_as(way, command("train", write(folder, settings)), folder / "said")
+        assert ended.codes == (0,) * COUNTS[way], ended.err
+        runs[way] = folder / "runs" / "tiny"
+    one, two = runs.values()
+    assert difference(one, two) < 1e-5
+    ours, theirs = (load_file(run / "checkpoints" / "step-000004" / "optimizer.safetensors") for run in (one, two))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[key], theirs[key], rtol=1e-3, atol=1e-6) for key in ours)
+    shutil.rmtree(two / "final")
+    shutil.rmtree(two / "checkpoints" / "step-000004")
+    ended = launch_as("in shares", command("train", tmp_path / "in shares" / "run.yaml", "--resume"), tmp_path / "said")
+    assert ended.codes == (0, 0), ended.err
+    assert difference(one, two) < 1e-5
+
+
+def test_each_process_holds_its_share_of_weights_gradients_and_optimizer(write, tmp_path):
+    path = write(tmp_path)
+
+    def work() -> None:
+        from sdclr.config import source
+        from sdclr.engine.loop import optimizer_steps
+        from sdclr.engine.plan import read_inputs
+        from sdclr.engine.run import Run
+
+        together = processes.join()
+        loaded = source.load(path)
+        run = Run(loaded.config, read_inputs(loaded, together.rank, together.count))
+        state = run.fresh_state()
+        next(optimizer_steps(state, run.inputs.batches, run.loss, lambda step: 1e-3, 2, run.accelerator))
+        run.loss(run.inputs.batches(1)[0]).backward()
+        held = [p.to_local().numel() for p in state.parameters]
+        assert [p.grad.to_local().numel() for p in state.parameters] == held
+        assert [s["exp_avg"].to_local().numel() for s in state.optimizer.state.values()] == held
+        print(sum(held) / sum(p.numel() for p in state.parameters))
+
+    ended = launch_as("in shares", work, tmp_path / "said")
+    assert ended.codes == (0, 0), ended.err
+    shares = [float(line) for line in ended.out.split()]
+    assert sum(shares) == pytest.approx(1)
+    assert max(shares) < 0.6, "small parameters do not halve evenly"
+
+
+@several
+def test_the_range_test_in_two_processes_measures_what_one_measures(model, pictures, tmp_path, way):
     short = """range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}
 validation: {fraction: 0.3, timesteps_per_image: 4}"""
     found = {}
-    for count in (1, 2):
-        folder = tmp_path / str(count)
+    for name in ("alone", way):
+        folder = tmp_path / name
         folder.mkdir()
         path = write_config(folder / "run.yaml", model, pictures, folder / "runs", short)
-        ended = launch(count, command("range-test", path, "--json"), folder / "said")
-        assert ended.codes in ((0,) * count, (3,) * count), ended.err
+        ended = launch_as(name, command("range-test", path, "--json"), folder / "said")
+        assert ended.codes in ((0,) * COUNTS[name], (3,) * COUNTS[name]), ended.err
         kept = folder / "runs" / "tiny" / "range-test"
         result = json.loads((kept / "result.json").read_text())
         assert json.loads(ended.out)["arms"] == result["arms"]
         arms = {p.name: json.loads(p.read_text()) for p in kept.glob("arms/*.json")}
-        found[count] = (result, arms)
-    (one, ours), (two, theirs) = found[1], found[2]
+        found[name] = (result, arms)
+    (one, ours), (two, theirs) = found["alone"], found[way]
     assert len(ours) > 3
     assert ours.keys() == theirs.keys()
     assert (one["verdict"], one["reasons"], one["fingerprint"]) == (two["verdict"], two["reasons"], two["fingerprint"])
@@ -307,7 +383,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_is_saved(
     run = tmp_path / "runs" / "tiny"
     assert [c.step for c in available(run / "checkpoints", ("step",))] == [3]
     assert train(1, path, "--resume").codes == (0,)
-    assert difference(finished[1][0], run) < 1e-5
+    assert difference(finished["alone"][0], run) < 1e-5
 
 
 def test_ctrl_c_at_a_true_launcher_reaches_all_and_saves(write, tmp_path):
@@ -366,7 +442,25 @@ def test_processes_that_do_not_find_one_another_are_refused(tmp_path, monkeypatc
     assert launch(2, work, tmp_path).codes == (0, 0)
 
 
-def test_ways_of_sharing_that_would_split_the_model_are_refused(write, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("environment", "settings", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, "", "set up for FSDP 1"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "", "fsdp_offload_params, which sdclr does not do"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "fsdp_activation_checkpointing, which sdclr does not do"),
+        ({}, "optimizer: {name: adafactor}", "adafactor cannot be trained in shares"),
+    ],
+)
+def test_what_cannot_be_had_in_shares_is_refused_once(write, tmp_path, monkeypatch, environment, settings, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = launch_as("in shares", command("train", write(tmp_path, settings)), tmp_path / "said")
+    assert ended.codes == (2, 2)
+    assert said_once(ended, message)
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
+
+
+def test_sharing_among_one_is_refused(write, tmp_path, monkeypatch):
     from accelerate.utils import DistributedType
 
     from sdclr.config import source
