@@ -22,6 +22,7 @@ from sdclr.config.kinds import (
     Seed,
     Span,
     Text,
+    at_home,
     needed,
     parse_span,
     problem,
@@ -71,7 +72,7 @@ class ModelSection(Section):
     @field_validator("base", "config")
     @classmethod
     def _a_tilde_is_the_home(cls, place: str | None) -> str | None:
-        return str(Path(place).expanduser()) if place and place.startswith("~") else place
+        return str(at_home(Path(place))) if place and place.startswith("~") else place
 
     @field_validator("train")
     @classmethod

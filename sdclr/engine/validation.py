@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from sdclr.engine import sharding
 from sdclr.seeding import generator, numpy_rng
 
 
@@ -59,10 +60,8 @@ def evaluate(
     """
     count, processes = -(-len(draws) // batch_size), accelerator.num_processes
     values = torch.zeros(len(draws), dtype=torch.float64, device=accelerator.device)
-    with (
-        evaluation_mode(modules),
-        torch.no_grad(),
-    ):  # not inference_mode: what is gathered under it cannot be trained with
+    shared = any(map(sharding.is_sharded, modules))  # what is gathered in inference mode could not be trained with
+    with evaluation_mode(modules), torch.no_grad() if shared else torch.inference_mode():
         for first in range(0, count, processes):
             number = min(first + accelerator.process_index, count - 1)
             part = slice(number * batch_size, (number + 1) * batch_size)

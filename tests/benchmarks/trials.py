@@ -19,7 +19,7 @@ from stage import Judge, Place, log_points
 
 import sdclr
 from sdclr.commands.range_test import as_result, measure
-from sdclr.config.schema import RunConfig
+from sdclr.config.schema import RangeTestSection, RunConfig, ValidationSection
 from sdclr.engine.plan import Inputs, make_schedule
 from sdclr.engine.pool import Pool, make_pool
 from sdclr.engine.run import Run
@@ -28,7 +28,6 @@ from sdclr.report import console
 FIRST_SEED = 101
 METHOD = (
     "commands/range_test.py",
-    "config/schema.py",
     "engine/arms.py",
     "engine/pool.py",
     "engine/validation.py",
@@ -43,8 +42,9 @@ _SOURCE = b"".join((Path(sdclr.__file__).parent / name).read_bytes() for name in
 
 
 def method() -> str:
-    """A short hash of the source that makes up the range test."""
-    return hashlib.blake2b(_SOURCE, digest_size=4).hexdigest()
+    """A short hash of the source that makes up the range test, and of its settings where a config says nothing."""
+    settings = f"{RangeTestSection()!r} {ValidationSection()!r}".encode()
+    return hashlib.blake2b(_SOURCE + settings, digest_size=4).hexdigest()
 
 
 def range_test(

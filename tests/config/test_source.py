@@ -344,9 +344,10 @@ def configs(draw: st.DrawFn) -> RunConfig:
 
 def test_the_home_of_a_user_that_is_not_there_is_refused_at_its_place(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
-    path.write_text(f"run: {{name: a}}\nmodel: {{base: '{tmp_path}'}}\ndata: {{images: '~no-such-user-0/pictures'}}\n")
-    with pytest.raises(ConfigError, match=r"run\.yaml:3.*no-such-user-0"):
-        load(path)
+    for line, model, images in ((3, tmp_path, "~no-such-user-0/pictures"), (2, "~no-such-user-0/model", tmp_path)):
+        path.write_text(f"run: {{name: a}}\nmodel: {{base: '{model}'}}\ndata: {{images: '{images}'}}\n")
+        with pytest.raises(ConfigError, match=rf"run\.yaml:{line}.*no-such-user-0"):
+            load(path)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

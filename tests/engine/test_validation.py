@@ -101,7 +101,7 @@ def test_batches_are_always_the_same_and_cover_every_draw_once_in_order():
 
     def losses_of(images, timesteps, noise):
         calls.append((images, timesteps.tolist()))
-        assert not torch.is_grad_enabled()
+        assert torch.is_inference_mode_enabled()
         return timesteps.float()
 
     found = [evaluate([], losses_of, draws, 4, Accelerator(cpu=True)) for _ in range(2)]
