@@ -149,7 +149,10 @@ def _column(path: Path, run_name: str | None) -> Column:
     from sdclr.engine.checkpoint import MANIFEST, Checkpoint, available, verify
 
     if not (path / "unet").is_dir():
-        raise InputError(f"{path}: is neither a checkpoint nor a diffusers folder (it has no unet/)")
+        what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
+        kept = ", ".join(c.path.name for c in available(path.parent))
+        hint = f"there are, in {path.parent}: {kept}" if kept else ""
+        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
     identity = model_fingerprint(str(path))
     if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})

@@ -331,6 +331,8 @@ class _Encoder:
             group = some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))  # as pictures are, and for the same reason
             contexts = self.parts.text_encoder(components.tokenize(self.parts, group).to(self.device))[0]
             found |= {caption: context.cpu().clone() for caption, context in zip(some, contexts)}
-        for first in range(0, len(missing), PACK):
-            self.cache.put({keys[c]: {"context": found[c]} for c in missing[first : first + PACK]})
+            done = first + len(some)
+            if done % PACK == 0 or done == len(missing):
+                pack = missing[PACK * ((done - 1) // PACK) : done]
+                self.cache.put({keys[caption]: {"context": found[caption]} for caption in pack})
         return torch.stack([found[caption] for caption in captions])

@@ -48,12 +48,13 @@ class Watch:
         Raises DivergenceError when the weights give losses that are not finite; they are no new best.
         """
         losses = self.run.losses(self.held_out, self.draws)
-        if not np.isfinite(losses).all():
-            raise DivergenceError(
-                f"the held-out loss after step {step} is {losses.mean()}; stopped before these weights were saved",
-                hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
-            )
         seen = self.run.losses(self.stabilised, self.train_draws)
+        for what, values in (("held-out loss", losses), ("loss of the training images", seen)):
+            if not np.isfinite(values).all():
+                raise DivergenceError(
+                    f"the {what} after step {step} is {values.mean()}; stopped before these weights were saved",
+                    hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
+                )
         if self.base is None:
             self.base = losses
         self.last = Look(step, exposure, float(losses.mean()), float(seen.mean()))

@@ -22,6 +22,7 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import averages
 import nulls
 import pictures
 import rivals
@@ -37,6 +38,7 @@ from sdclr.engine.folder import write_bytes, write_json
 from sdclr.engine.plan import model_fingerprint
 from sdclr.report import console
 
+PARTS = ["tests", "rivals", "averages", "nulls", "variants"]
 RESULTS = Path(__file__).parent / "results" / "range-test"
 
 
@@ -67,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--only",
-        help="some of: tests,rivals,nulls,variants (truth is always needed) [all, with --quick tests,rivals; the last two are of narrow alone]",
+        help="some of: tests,rivals,averages,nulls,variants (truth is always needed) [all, with --quick tests,rivals; the last two are of narrow alone]",
     )
     parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
     parser.add_argument(
@@ -81,7 +83,7 @@ def main() -> None:
     else:
         tests = args.tests or 10
         depth = Depth(tests, truth_.Effort(), (100, 400), (100, 400), min(3, tests), True, tests, min(5, tests))
-    parts = args.only.split(",") if args.only else ["tests", "rivals", *([] if args.quick else ["nulls", "variants"])]
+    parts = args.only.split(",") if args.only else PARTS[:2] if args.quick else PARTS
     found = []
     for case in chosen:
         if args.base or case.narrow:
@@ -135,6 +137,11 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
             for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.null_tests):
                 records.append(nulls.run(null, place, seed, truth))
                 note("nulls", records)
+    if "averages" in parts:
+        records = []
+        for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.tests):
+            records += averages.run(place, seed, truth)
+            note("averages", averages.summaries(records))
     if "variants" in parts and case.in_depth:
         changed: dict[str, list[dict[str, Any]]] = {}
         for name in variants.VARIANTS:

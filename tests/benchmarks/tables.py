@@ -18,6 +18,7 @@ def everything(found: Sequence[Found]) -> str:
             tests(found),
         ),
         ("Rivals (regret of a cyclical run up to their rate, of the ideal length)", rivals(found)),
+        ("The same arms, read through other averages over timesteps (the truth is of the plain one)", averages(found)),
         ("One setting changed, the same seeds and splits (moves, errors and brackets in decades)", variants(found)),
         ("Nulls (the right answer is inconclusive)", nulls(found)),
     ]
@@ -131,6 +132,28 @@ def variants(found: Sequence[Found]) -> str:
     header = [
         "case", "changed", "conclusive", "ceiling moved by", "its error", "bracket holds it", "bracket", "S* error",
         "interval holds it", "× the cost",
+    ]  # fmt: skip
+    return _table(header, rows)
+
+
+def averages(found: Sequence[Found]) -> str:
+    rows = []
+    for f in found:
+        for name, s in f.get("averages", {}).items():
+            rows.append(
+                [
+                    f["case"],
+                    name,
+                    f"{s['conclusive']}/{s['tests']}",
+                    _signed(s["ceiling_bias"]),
+                    _number(s["ceiling_error"], ".2f"),
+                    _number(s["ceiling_spread"], ".2f"),
+                    _percent(s["bracket_holds"], 0),
+                    f"{_signed(s['exposure_bias'])} / {_number(s['exposure_error'], '.2f')}",
+                ]
+            )
+    header = [
+        "case", "average", "conclusive", "ceiling bias", "median error", "sd", "bracket holds it", "S* bias / error",
     ]  # fmt: skip
     return _table(header, rows)
 

@@ -63,20 +63,34 @@ def range_test(
     """
 
     def make() -> dict[str, Any]:
-        loaded, inputs = place.load(seed, [*extra, *([f"model.base={base()}"] if base else [])])
-        config, inputs = loaded.config, inputs_of(inputs)
-        run = Run(config, inputs)
-        assert run.held_out is not None
-        prepare(run)
-        folder = place.folder / "arms" / f"{name}-{method()}"
+        settings = [*extra, *([f"model.base={base()}"] if base else [])]
         with console.progress(name, total=None) as bar:
-            bench = make_pool(run, loaded, folder, None, None, bar.advance)
+            bench, config, inputs = bench_of(place, seed, name, settings, inputs_of, prepare, bar.advance)
             try:
                 return as_result(measure(bench, config.range_test), bench, config, inputs)
             except Exception as error:  # whatever it is, it is the range test's bug, and the other tests go on
                 return _crashed(error, bench)
 
     return place.piece(name, make, [method(), list(extra)])
+
+
+def bench_of(
+    place: Place,
+    seed: int,
+    name: str,
+    settings: Sequence[str] = (),
+    inputs_of: Callable[[Inputs], Inputs] = lambda inputs: inputs,
+    prepare: Callable[[Run], None] = lambda run: None,
+    heard: Callable[[str], None] = lambda numbers: None,
+) -> tuple[Pool, RunConfig, Inputs]:
+    """What a range test of the case asks for its arms; those that have been finished under this name are there already."""
+    loaded, inputs = place.load(seed, settings)
+    inputs = inputs_of(inputs)
+    run = Run(loaded.config, inputs)
+    assert run.held_out is not None
+    prepare(run)
+    folder = place.folder / "arms" / f"{name}-{method()}"
+    return make_pool(run, loaded, folder, None, None, heard), loaded.config, inputs
 
 
 def _crashed(error: Exception, bench: Pool) -> dict[str, Any]:

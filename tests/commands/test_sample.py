@@ -248,10 +248,23 @@ def test_a_checkpoint_of_a_model_of_another_shape_is_an_input_error(path, tmp_pa
         sample(path, checkpoints=[tmp_path / "other"])
 
 
-@pytest.mark.parametrize("name", ["nowhere", "checkpoints"])
-def test_a_folder_that_is_no_checkpoint_is_an_error(path, name):
-    with pytest.raises(InputError, match="is neither a checkpoint nor a diffusers folder"):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("nowhere", "nowhere: there is no such folder"),
+        ("checkpoints", "is neither a checkpoint nor a diffusers folder"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_an_error(path, name, what):
+    with pytest.raises(InputError, match=what):
         sample(path, checkpoints=[path.parent / "runs" / "tiny" / name])
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error_that_names_those_that_are(path):
+    kept = path.parent / "runs" / "tiny" / "checkpoints"
+    with pytest.raises(InputError, match="there is no such folder") as problem:
+        sample(path, checkpoints=[kept / "step-999999"])
+    assert all(folder.name in str(problem.value.hint) for folder in kept.glob("*-*"))
 
 
 def test_a_run_without_checkpoints_is_an_error_that_names_train(config):

@@ -154,6 +154,18 @@ def test_a_held_out_loss_that_is_not_finite_is_a_divergence_and_no_new_best(run)
     assert watch.best_weights is None
 
 
+def test_a_loss_of_training_images_that_is_not_finite_is_a_divergence(run, monkeypatch):
+    run.fresh_state()
+    watch = Watch(run, run.held_out, run.stabilised, keep_best=True)
+    measured = run.losses
+    monkeypatch.setattr(
+        run, "losses", lambda seen, draws: measured(seen, draws) * (np.nan if seen is run.stabilised else 1)
+    )
+    with pytest.raises(DivergenceError, match="loss of the training images after step 5 is nan"):
+        watch.look(5, 1e-3)
+    assert watch.best is None
+
+
 def test_a_watch_knows_its_best_look_how_long_ago_that_was_and_the_weights_of_then(run):
     run.fresh_state()
     watch = Watch(run, run.held_out, run.stabilised, keep_best=True)
