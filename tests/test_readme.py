@@ -18,6 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import study_report  # noqa: E402
+import throughput  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
@@ -97,6 +98,26 @@ def test_what_is_said_of_more_and_longer_arms_is_what_the_bench_found():
     assert f"move the ceiling by {more['moved']:.2f}" in README and f"move it by {longer['moved']:.2f}" in README
     assert f"from {found['nothing']['bracket_decades']:.2f} to {more['bracket_decades']:.2f}" in README
     assert more["times_the_cost"] == pytest.approx(1.125, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("file", "batch", "row"),
+    [
+        ("throughput-cpu", "1", "1"),
+        ("throughput-cpu", "4", "4"),
+        ("throughput-cpu", "16", "16"),
+        ("throughput-cpu-full-size", "1", "1, Stable Diffusion 1.5's shape"),
+    ],
+)
+def test_the_speed_table_is_the_last_run_of_the_bench(file, batch, row):
+    found = json.loads((RESULTS / f"{file}.json").read_text())["batches"][batch]
+    seconds, peaks = found["seconds"], {kind: memory["peak"] for kind, memory in found["memory"].items()}
+    cells = [
+        "{1:.2f} ({0:.2f} to {2:.2f})".format(*throughput.ratio(seconds["sdclr"], seconds["floor"])),
+        "{1:.2f} ({0:.2f} to {2:.2f})".format(*throughput.ratio(seconds["script"], seconds["sdclr"])),
+        f"{peaks['sdclr'] / peaks['script']:.2f}",
+    ]
+    assert f"| {row} | {' | '.join(cells)} |" in README
 
 
 def test_what_is_said_of_the_schedules_is_what_the_study_found():

@@ -248,7 +248,7 @@ class _Encoder:
         self.trains_text = "text_encoder" in config.model.train
         self.cache = TensorCache(config.run.output_dir / ".cache")
         self.together = pictures_together(config.data.resolution)
-        self.vae_hash = weights_hash(parts.vae.named_parameters())
+        self.vae_hash = weights_hash(components.what_encodes(parts.vae))
         self.text_hash = weights_hash(parts.text_encoder.named_parameters())
 
     def encode(self, pairs: tuple[Pair, ...], seen: list[View]) -> Encoded:
@@ -271,7 +271,10 @@ class _Encoder:
             content = content_hash(pair.path)
             for view in seen:
                 place = (c.run.seed, pair.key) if view.crop else ()
-                key = key_of("latents", content, c.data.resolution, view.name, *place, self.vae_hash, self.together)
+                scale = self.parts.vae.config.scaling_factor
+                key = key_of(
+                    "latents", content, c.data.resolution, view.name, *place, self.vae_hash, scale, self.together
+                )
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)

@@ -234,6 +234,11 @@ def tokenize(parts: Components, captions: list[str]) -> torch.Tensor:
 
 
 @torch.no_grad()
+def what_encodes(vae: AutoencoderKL) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights that latents depend on, by name: the VAE's other half decodes, and need not even be read from disk to train."""
+    return ((n, p) for n, p in vae.named_parameters() if not n.startswith(("decoder.", "post_quant_conv.")))
+
+
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (batch, 3, h, w) in −1…1 to mean and spread of their latents, each (batch, 4, h/8, w/8), scaled as the UNet sees them."""
     posterior = vae.encode(pixels).latent_dist

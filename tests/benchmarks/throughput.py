@@ -2,7 +2,7 @@
 
     python tests/benchmarks/throughput.py --quick                 # two minutes: does it run?
     python tests/benchmarks/throughput.py                         # the demo model at batch 1, 4 and 16
-    python tests/benchmarks/throughput.py --full-size             # one step of the true SD 1.5 shape at 256 pixels (20 GiB)
+    python tests/benchmarks/throughput.py --full-size             # steps of the true SD 1.5 shape at 256 pixels (16 GiB)
     python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
     python tests/benchmarks/throughput.py --startup               # help, a config error, the first step
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
@@ -239,14 +239,20 @@ def setting_of(args: argparse.Namespace) -> Setting:
     model = folder_of("sd15", args.work)
     if args.device == "cuda":
         return Setting(model, ROOT / "data/mochi", 512, 8, args.batches or (1, 4), "cuda", rounds, seconds, together=False)  # fmt: skip
-    return Setting(model, ROOT / "data/mochi", 256, 8, args.batches or (1,), "cpu", 1, 0.0, together=False)
+    return Setting(
+        model, ROOT / "data/mochi", 256, 8, args.batches or (1,), "cpu", args.rounds or 7, 0.0, together=False
+    )
 
 
 def main() -> None:
     """Measure what the command line asks for, write the JSON, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few and short rounds: numbers of no worth")
-    parser.add_argument("--full-size", action="store_true", help="the true SD 1.5 shape, one step at 256 pixels")
+    parser.add_argument(
+        "--full-size",
+        action="store_true",
+        help="the true SD 1.5 shape, steps at 256 pixels, one contestant after another",
+    )
     parser.add_argument(
         "--startup", action="store_true", help="instead: how long help, a config error and the first step take"
     )
@@ -256,7 +262,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="for models, runs and results")
-    parser.add_argument("--rounds", type=int, help="rounds of each contestant [15; --quick: 3]")
+    parser.add_argument("--rounds", type=int, help="rounds of each contestant [15; --quick: 3; --full-size: 7]")
     args = parser.parse_args()
     args.work = args.work.resolve()
     if args.startup:
