@@ -49,8 +49,9 @@ CLOSING_SHARES = (0.5, 0.625, 0.75, 0.875, 1.0)
 FIRST, WIDER, CLOSER = 8, 1.3, 1.15
 """A reference arm is measured after so many steps, then each time its exposure has grown by the second factor; by less, but at
 least the third, where that is what it still lacks."""
-LEAST_POINTS = 8
-"""Points that a reference arm has at least: its first ones, a few steps apart, may waver."""
+LEAST_POINTS, LEAST_STEPS = 8, 200
+"""Points and steps that a reference arm has at least: its first points, a few steps apart, may waver, and with small batches so do
+the next; where S* comes as early as that, the steps beyond it cost little."""
 REFERENCES = 3
 """How many references are tried at most, each √10 slower than the one before."""
 
@@ -181,7 +182,7 @@ def reference(bench: Pool, lr: float) -> Measured:
         nonlocal threshold
         reached, base = float(arm.exposure[-1]), arm.base.mean(axis=1)
         threshold = WIDER * reached
-        if len(arm.exposure) < LEAST_POINTS:
+        if len(arm.exposure) < LEAST_POINTS or arm.steps[-1] < LEAST_STEPS:
             return False
         threshold = min(threshold, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
         before = arm.upto(float(arm.exposure[-2]))

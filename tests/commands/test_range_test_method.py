@@ -85,6 +85,17 @@ def test_a_slower_reference_goes_no_further_than_arms_do_where_the_faster_one_st
     assert target * 0.95 < found.reference.exposure[-1] < 1.35 * target
 
 
+def test_a_reference_is_not_taken_in_by_what_its_first_steps_do():
+    class Wavering(Formula):
+        def losses(self, exposure, lr):
+            early = 0.02 * (0.004 < exposure < 0.012)  # as a few batches of one picture may
+            return super().losses(exposure, lr) + early
+
+    found = range_test.measure(Wavering(), RangeTestSection())
+    assert len(found.longest.rates) >= 200
+    assert bounds_of(found).best_exposure.value == pytest.approx(WITHIN_2_PERCENT * Formula.best, rel=0.05)
+
+
 def test_a_reference_that_does_not_stand_up_to_a_slower_one_does_not_show_the_best_exposure():
     bench = Formula()
     bench.ceiling = 1e-5  # the first references lose everything that others gain
