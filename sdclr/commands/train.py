@@ -145,11 +145,12 @@ class Session:
         """Keep the average of the troughs, write the CSV and the report, export the best and the final model as diffusers folders."""
         from sdclr.engine import sharding
 
-        trained = {
-            name: {k: v.clone() for k, v in sharding.weights_of(module).items()}
-            for name, module in self.run.modules.items()
-        }
-        averaged = self._save_average() if self.config.checkpoint.average else ""
+        average, main = self.config.checkpoint.average, self.processes.main
+        keep = (
+            sharding.copy_of if average else sharding.weights_of
+        )  # the average is measured in the model that was trained
+        trained = {name: keep(module, main) for name, module in self.run.modules.items()}
+        averaged = self._save_average() if average else ""
         self.processes.on_main(lambda: self._write_up(trained, averaged))
 
     def _write_up(self, trained: dict[str, dict[str, Any]], averaged: str) -> None:
@@ -196,11 +197,11 @@ class Session:
             if problems:
                 self.watch.forget_best()
                 console.warn(f"{'; '.join(problems)}: the best state is looked for anew from step {self.state.step} on")
-        state = snapshot(self.state, self.run.modules)
-        self.processes.on_main(lambda: self._take_up(info.get("metrics"), state))
+        now = snapshot(self.state, self.run.modules, self.processes.main) if self._at_a_trough else None
+        self.processes.on_main(lambda: self._take_up(info.get("metrics"), now))
         console.say(f"resumed from {checkpoint.path} at step {self.state.step}")
 
-    def _take_up(self, digest: str | None, state: Snapshot) -> None:
+    def _take_up(self, digest: str | None, kept: Snapshot | None) -> None:
         """Leave of the folder what the resumed state counts on; `digest` is of the curves up to it."""
         from sdclr.engine.checkpoint import discard_after
 
@@ -210,7 +211,7 @@ class Session:
             console.warn(
                 f"{self.folder.metrics}: lines before step {self.state.step} are missing or altered; curves and report are of the rest"
             )
-        self._try_to(lambda: self._settle(state))
+        self._try_to(lambda: self._settle(kept))
 
     def _open_log(self, upto_step: int | None) -> metrics.MetricsLog:
         board = self.folder.path / "tensorboard" if self.config.run.tensorboard else None
@@ -231,9 +232,9 @@ class Session:
         """Save where the run is; a save that `must` succeed ends the run if it does not."""
         from sdclr.engine.checkpoint import snapshot
 
-        state = snapshot(self.state, self.run.modules)
+        kept = snapshot(self.state, self.run.modules, self.processes.main)
         self.processes.on_main(
-            (lambda: self._save_all(state)) if must else lambda: self._try_to(lambda: self._save_all(state))
+            (lambda: self._save_all(kept)) if must else lambda: self._try_to(lambda: self._save_all(kept))
         )
 
     def _try_to(self, save: Callable[[], None]) -> None:
@@ -245,32 +246,36 @@ class Session:
                 f"{problem.message}{hint}\n  step {self.state.step} is not kept; training goes on to the next save"
             )
 
-    def _save_all(self, state: Snapshot) -> None:
+    def _save_all(self, kept: Snapshot) -> None:
         """What a resumed run counts on first (the best, the curves), then the state to resume from, then what follows from it."""
         from sdclr.engine.checkpoint import FULL
 
         self._save_best()
         with storage_errors(self.folder.metrics):
             self.log.sync()
-        self._save(FULL, state)
-        self._settle(state)
+        self._save(FULL, kept)
+        self._settle(kept)
 
-    def _settle(self, state: Snapshot) -> None:
+    def _settle(self, kept: Snapshot | None) -> None:
         """What follows from a saved step: its trough, and room made for later ones. A resumed run makes up for what was cut short here."""
         from sdclr.engine.checkpoint import prune
 
-        self._save_trough(state)
+        if kept and self._at_a_trough:
+            self._save_trough(kept)
         prune(self.folder.checkpoints, self.config.checkpoint.keep_last)
 
-    def _save_trough(self, state: Snapshot) -> None:
-        """The weights alone, if this step ends a cycle and they are not yet kept."""
+    @property
+    def _at_a_trough(self) -> bool:
+        """Whether the run is where a cycle ends, and keeps that."""
+        return self.state.step in self.troughs and self.config.checkpoint.at_troughs
+
+    def _save_trough(self, kept: Snapshot) -> None:
+        """The weights alone, if they are not yet kept."""
         from sdclr.engine.checkpoint import TROUGH, available, verify
 
-        if state.step not in self.troughs or not self.config.checkpoint.at_troughs:
-            return
-        kept = [c for c in available(self.folder.checkpoints, (TROUGH,)) if c.step == state.step]
-        if not kept or verify(kept[0]):
-            self._save(TROUGH, state)
+        there = [c for c in available(self.folder.checkpoints, (TROUGH,)) if c.step == kept.step]
+        if not there or verify(there[0]):
+            self._save(TROUGH, kept)
 
     def _save_best(self) -> None:
         from sdclr.engine.checkpoint import BEST, available, save_model
@@ -308,14 +313,14 @@ class Session:
         console.say(words)
         return words
 
-    def _save(self, kind: str, state: Snapshot) -> None:
+    def _save(self, kind: str, kept: Snapshot) -> None:
         from sdclr.engine.checkpoint import FULL, save
 
         last = self.watch.last if self.watch else None
-        info = self._info(state.exposure, last.loss if last else None)
+        info = self._info(kept.exposure, last.loss if last else None)
         if kind == FULL:
             info |= self._to_go_on_with()
-        save(self.folder.checkpoints, kind, state, self.run.models, info)
+        save(self.folder.checkpoints, kind, kept, self.run.models, info)
 
     def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
         best = self.plan.best_exposure

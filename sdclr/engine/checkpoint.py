@@ -61,10 +61,10 @@ class Snapshot:
     optimizer: tuple[dict[str, torch.Tensor], dict[str, float]]
 
 
-def snapshot(state: TrainState, modules: dict[str, torch.nn.Module]) -> Snapshot:
-    """The state now, of the unwrapped trained models; where they are in shares, all processes must ask and the main one gets it."""
-    weights = {name: sharding.weights_of(module) for name, module in modules.items()}
-    return Snapshot(state.step, state.exposure, weights, pack_optimizer(state.optimizer))
+def snapshot(state: TrainState, modules: dict[str, torch.nn.Module], wanted: bool = True) -> Snapshot:
+    """The state now, of the unwrapped trained models, for the process that wants it; where they are in shares, all must ask."""
+    weights = {name: sharding.weights_of(module, wanted) for name, module in modules.items()}
+    return Snapshot(state.step, state.exposure, weights, pack_optimizer(state.optimizer, wanted))
 
 
 def save(folder: Path, kind: str, state: Snapshot, models: dict[str, Any], info: dict[str, Any]) -> Checkpoint:
@@ -224,14 +224,17 @@ def _sweep(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, wanted: bool = True
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """An optimizer's per-parameter state as tensors named `index.name`, and its plain numbers; with fp16 also its loss scale's."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{index}.{name}"] = sharding.whole(value).detach().cpu().contiguous()
+                gathered = sharding.whole(value).detach()
+                tensors |= {f"{index}.{name}": gathered.cpu().contiguous()} if wanted else {}
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
     scaler = getattr(optimizer, "scaler", None)  # accelerate's, in fp16: its scale is found by trial over many steps

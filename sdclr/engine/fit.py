@@ -60,7 +60,7 @@ def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> N
     need = needs.at(size)
     what = {**needs.parts, "gradients and activations": needs.working(size)}
     parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= need / 100)
-    text = f"memory: {'at most ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
+    text = f"memory: {'about ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
     if need <= free:
         console.say(text)
         return

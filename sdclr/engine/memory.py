@@ -66,7 +66,8 @@ class Needs:
         return max(self.encoding, self.resident + self.working(batch))
 
     def shared(self, processes: int) -> Needs:
-        """At most what each process needs where weights and optimizer are in shares; so are gradients, but a block's are whole for a while."""
+        """About what each process needs where weights and optimizer are in shares: gradients are too, which is not reckoned with, nor are
+        the blocks that are gathered for a while."""
         parts = {
             name: size // processes if name in ("weights", "optimizer") else size for name, size in self.parts.items()
         }

@@ -81,7 +81,7 @@ class Run:
         if sharding.asked():
             self.models = {name: components.without_weights(module) for name, module in self.modules.items()}
             for module in self.modules.values():
-                sharding.shard(module, self.device)
+                sharding.shard(module, self.device, self.accelerator.mixed_precision)
         self._base = {
             name: {k: v.detach().clone() for k, v in m.state_dict().items()}
             for name, m in self.modules.items()
@@ -228,11 +228,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     from accelerate.state import PartialState
 
     device = PartialState().device
-    accelerator = Accelerator(mixed_precision=components.mixed_precision(config.model.precision, device))
-    kind = accelerator.distributed_type.name
+    precision = components.mixed_precision(config.model.precision, device)
     if sharding.asked():
-        sharding.refuse_other_ways(config.optimizer.name, accelerator.mixed_precision)
-    elif kind != "NO" and not kind.startswith("MULTI_"):
+        sharding.refuse_other_ways(config.optimizer.name, precision)
+        sharding.let_every_process_load()
+    accelerator = Accelerator(mixed_precision=precision)
+    kind = accelerator.distributed_type.name
+    if kind != "NO" and not kind.startswith("MULTI_") and not sharding.asked():
         raise InputError(
             f"accelerate is set up for {kind}, and sdclr trains whole models side by side (data parallel) or in shares of several processes (FSDP 2)",
             hint="start it so: accelerate launch --multi_gpu --num_processes 2 -m sdclr ..., or with --use_fsdp --fsdp_version 2 instead of --multi_gpu",

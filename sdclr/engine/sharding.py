@@ -1,19 +1,19 @@
 """Training state in shares: of each weight, gradient and optimizer number every process holds its part, for models that one card does
 not hold (Zhao 2023, arXiv 2304.11277, as torch's fully_shard).
 
-accelerate's own config asks for it (`accelerate launch --use_fsdp --fsdp_version 2`). A forward or backward gathers one block at a time.
+accelerate's own config asks for it (`accelerate launch --use_fsdp --fsdp_version 2`). A forward or backward gathers
+one block at a time.
 What is written is always whole: a run in shares leaves the files of any other, and goes on from them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdclr.engine import processes
@@ -22,8 +22,12 @@ from sdclr.errors import InputError
 REFUSED = {
     "FSDP_OFFLOAD_PARAMS": "weights stay where they are trained; set fsdp_offload_params: false",
     "FSDP_ACTIVATION_CHECKPOINTING": "set model.gradient_checkpointing: true in the run's config instead",
+    "FSDP_IGNORED_MODULES": "every trained weight is shared out; leave fsdp_ignored_modules out",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "all processes share one model; leave parallelism_config out",
+    "ACCELERATE_DYNAMO_BACKEND": "nothing is compiled in shares; set dynamo_backend: no",
 }
 """Settings of accelerate's that would ask for something else, as it puts them into the environment, and what to do about them."""
+NOT_SET = ("", "0", "n", "no", "f", "false", "off", "none")
 
 
 def asked() -> bool:
@@ -36,7 +40,7 @@ def refuse_other_ways(optimizer: str, precision: str) -> None:
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("accelerate is set up for FSDP 1, and sdclr shards with FSDP 2", hint="set fsdp_version: 2")
     for name, instead in REFUSED.items():
-        if parse_flag_from_env(name):
+        if _set(name):
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
     if optimizer == "adafactor":  # torch's has in-place norms over rows that lie in several processes
         raise InputError("adafactor cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
@@ -44,14 +48,26 @@ def refuse_other_ways(optimizer: str, precision: str) -> None:
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
 
 
-def shard(module: torch.nn.Module, device: torch.device) -> None:
-    """Leave each process its share of a module's parameters, in place; they are gathered by the blocks its library keeps whole."""
+def let_every_process_load() -> None:
+    """Before a model is read: accelerate's launcher asks transformers by default to read it in one process alone, and older ones then
+    leave whatever lies in memory in the others. Also says to accelerate which FSDP is meant, where nobody else has."""
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    os.environ.setdefault("FSDP_VERSION", "2")
+
+
+def shard(module: torch.nn.Module, device: torch.device, precision: str) -> None:
+    """Leave each process its share of a module's parameters, in place; they are gathered by the blocks its library keeps whole.
+
+    With `precision` bf16 they are gathered as bf16, and gradients summed in fp32: autocast would keep a copy of all that it casts.
+    """
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes.count(),))
-    reshard = os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() != "false"
+    reshard = _set("FSDP_RESHARD_AFTER_FORWARD", "true")
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = bf16 if precision == "bf16" else MixedPrecisionPolicy()
     kinds: Any = module._no_split_modules or ()
     for part in reversed(list(module.modules())):  # what lies inside comes first
         if part is module or type(part).__name__ in kinds:
-            fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+            fully_shard(part, mesh=mesh, reshard_after_forward=reshard, mp_policy=policy)
 
 
 def is_sharded(module: torch.nn.Module) -> bool:
@@ -64,29 +80,34 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """This process's share of a whole tensor that all of them have, where `like` is in shares."""
-    if not isinstance(like, DTensor) or isinstance(tensor, DTensor):
+    """This process's share of a whole tensor, where `like` is in shares; all must ask."""
+    if not isinstance(like, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
-def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A module's weights, whole. Of one in shares all processes must ask; the main one gets them on the CPU, the others nothing."""
-    weights = module.state_dict()
-    return _gathered(weights) if is_sharded(module) else weights
+def weights_of(module: torch.nn.Module, wanted: bool) -> dict[str, torch.Tensor]:
+    """A module's weights, whole, for the process that wants them. Those in shares are gathered on the CPU, and all must ask."""
+    if is_sharded(module):
+        return copy_of(module, wanted)
+    return module.state_dict() if wanted else {}
 
 
-def _gathered(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One tensor after another, so that no card has to hold them all."""
-    main, found = torch.distributed.get_rank() == 0, {}
-    for name, tensor in tensors.items():
-        gathered = whole(tensor)
-        if main:
-            found[name] = gathered.cpu()
+def copy_of(module: torch.nn.Module, wanted: bool) -> dict[str, torch.Tensor]:
+    """As `weights_of`, copied to the CPU: what training does next does not change it. One by one, so that no card holds all of them."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        tensor = whole(tensor.detach())
+        if wanted:
+            found[name] = tensor.to("cpu", copy=True)
     return found
 
 
-def load_weights(module: torch.nn.Module, weights: Mapping[str, Any]) -> None:
-    """Put weights, whole or in shares, into a module."""
+def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Put whole weights into a module; all processes of one in shares must."""
     own = module.state_dict()
     module.load_state_dict({key: share_of(value, own[key]) if key in own else value for key, value in weights.items()})
+
+
+def _set(name: str, otherwise: str = "") -> bool:
+    return os.environ.get(name, otherwise).lower() not in NOT_SET

@@ -55,19 +55,22 @@ def evaluate(
     """The loss of every draw, float64 (images, K).
 
     `losses_of(image_indices, timesteps, noise)` returns one loss per draw; it is called in evaluation mode, without gradients, and
-    consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company. Every process
-    runs as many as any other, some perhaps one whose losses another counts: weights in shares are gathered for all at once.
+    consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company. With weights in
+    shares every process runs as many, some perhaps one whose losses another counts: they are gathered for all at once.
     """
     count, processes = -(-len(draws) // batch_size), accelerator.num_processes
     values = torch.zeros(len(draws), dtype=torch.float64, device=accelerator.device)
     shared = any(map(sharding.is_sharded, modules))  # what is gathered in inference mode could not be trained with
     with evaluation_mode(modules), torch.no_grad() if shared else torch.inference_mode():
         for first in range(0, count, processes):
-            number = min(first + accelerator.process_index, count - 1)
+            own = first + accelerator.process_index
+            number = min(own, count - 1)
+            if number != own and not shared:
+                continue
             part = slice(number * batch_size, (number + 1) * batch_size)
             images = [draws.image_of(i) for i in range(len(draws))[part]]
             losses = losses_of(images, draws.timesteps[part], draws.noise[part]).double()
-            if number == first + accelerator.process_index:
+            if number == own:
                 values[part] = losses
     return accelerator.reduce(values, reduction="sum").cpu().numpy().reshape(-1, draws.per_image)
 

@@ -103,9 +103,8 @@ class Watch:
         if self.keep_best and look.step:
             # In memory until a checkpoint is due: a falling loss must not write the model at every look.
             self.best_weights = None  # before the next copy, not after it: two would not fit beside a large model
-            weights = {name: sharding.weights_of(module) for name, module in self.run.modules.items()}
-            if self.run.processes.main:
-                self.best_weights = {n: {k: v.detach().cpu().clone() for k, v in w.items()} for n, w in weights.items()}
+            main = self.run.processes.main
+            self.best_weights = {name: sharding.copy_of(module, main) for name, module in self.run.modules.items()}
 
 
 def _finite(value: float) -> float | None:

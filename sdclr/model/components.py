@@ -52,7 +52,7 @@ class Components:
         return pipeline
 
     def with_weights(self, weights: dict[str, dict[str, torch.Tensor]]) -> Components:
-        """These parts, with other weights by name; the models that they replace stay as they are. Nothing is copied."""
+        """These parts with other weights by name, to be written, not run: buffers that no file holds have no content. Nothing is copied."""
         others = {name: without_weights(getattr(self, name)) for name in weights}
         for name, model in others.items():
             model.load_state_dict(weights[name], assign=True)
@@ -233,12 +233,12 @@ def tokenize(parts: Components, captions: list[str]) -> torch.Tensor:
     return tokens.input_ids
 
 
-@torch.no_grad()
 def what_encodes(vae: AutoencoderKL) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that latents depend on, by name: the VAE's other half decodes, and need not even be read from disk to train."""
     return ((n, p) for n, p in vae.named_parameters() if not n.startswith(("decoder.", "post_quant_conv.")))
 
 
+@torch.no_grad()
 def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pictures (batch, 3, h, w) in −1…1 to mean and spread of their latents, each (batch, 4, h/8, w/8), scaled as the UNet sees them."""
     posterior = vae.encode(pixels).latent_dist
