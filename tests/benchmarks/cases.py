@@ -30,8 +30,8 @@ MOCHI_SEED = 1234
 class Case:
     """`subject` names who draws the pictures: mochi, style or object; `overrides` are what `--set` takes.
 
-    A `narrow` case is for the base of half the width (see narrow.py), whose steps take half the time; nulls and variants are of the one
-    that is looked at `in_depth`.
+    A `narrow` case is for the base of half the width (see narrow.py), whose steps take half the time; nulls and all variants are of the
+    one that is looked at `in_depth`, of another only those that it names.
     """
 
     name: str
@@ -41,13 +41,14 @@ class Case:
     base: Path = ROOT / "data" / "tiny-sd"
     narrow: bool = False
     in_depth: bool = False
+    variants: tuple[str, ...] = ()
 
 
 CASES = [
     Case("mochi"),
     Case("narrow", narrow=True, in_depth=True),
     Case("style", "style", 60, narrow=True),
-    Case("object", "object", 8, narrow=True),
+    Case("object", "object", 8, narrow=True, variants=("nothing", "two fifths held out")),
     Case("text-encoder", overrides=("model.train=[unet, text_encoder]",), narrow=True),
     Case("batch-1", overrides=("batch.size=1",), narrow=True),
     Case("batch-8", overrides=("batch.size=8",), narrow=True),

@@ -25,8 +25,8 @@ def accuracy(found: Sequence[dict[str, Any]]) -> bytes:
             for row, case in enumerate(found):
                 _row(axes, row, case, key, read)
             axes.axvline(1, color=MUTED, lw=1.2)
-            axes.set(xscale="log", title=f"{name}: range test ÷ truth", xlim=(0.1, 10))
-            ticks = [0.1, 0.2, 0.5, 1, 2, 5, 10]
+            axes.set(xscale="log", title=f"{name}: range test ÷ truth", xlim=(0.035, 10))
+            ticks = [0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
             axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
             axes.set_xticks([], minor=True)
             axes.set_yticks(range(len(found)), [case["case"] for case in found])

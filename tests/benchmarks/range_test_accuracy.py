@@ -69,7 +69,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--only",
-        help="some of: tests,rivals,averages,nulls,variants (truth is always needed) [all, with --quick tests,rivals; the last two are of narrow alone]",
+        help="some of: tests,rivals,averages,nulls,variants (truth is always needed) [all, with --quick tests,rivals; nulls are of narrow alone]",
     )
     parser.add_argument("--base", type=Path, help="another base model (a diffusers folder) for every case")
     parser.add_argument(
@@ -142,9 +142,9 @@ def run_case(case: Case, work: Path, depth: Depth, parts: Sequence[str], path: P
         for seed in range(trials.FIRST_SEED, trials.FIRST_SEED + depth.tests):
             records += averages.run(place, seed, truth)
             note("averages", averages.summaries(records))
-    if "variants" in parts and case.in_depth:
+    if "variants" in parts:
         changed: dict[str, list[dict[str, Any]]] = {}
-        for name in variants.VARIANTS:
+        for name in variants.VARIANTS if case.in_depth else case.variants:
             seeds = range(trials.FIRST_SEED, trials.FIRST_SEED + depth.variant_tests)
             changed[name] = [variants.run(name, place, seed, truth) for seed in seeds]
             note("variants", [record for records in changed.values() for record in records])

@@ -14,7 +14,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "nothing": (),
     "twice the arms": ("range_test.arms_per_decade=8",),
     "arms twice as long": ("range_test.test_exposure=1",),
-    "twice the held-out pictures": ("validation.fraction=0.4",),
+    "two fifths held out": ("validation.fraction=0.4",),
     "four times the draws": ("validation.timesteps_per_image=64",),
     "two training seeds": ("range_test.seeds=2",),
     "three splits": ("range_test.folds=3",),
