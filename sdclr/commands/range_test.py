@@ -182,11 +182,12 @@ def reference(bench: Pool, lr: float) -> Measured:
         nonlocal threshold
         reached, base = float(arm.exposure[-1]), arm.base.mean(axis=1)
         threshold = WIDER * reached
-        if len(arm.exposure) < LEAST_POINTS or arm.steps[-1] < LEAST_STEPS:
+        if len(arm.exposure) < LEAST_POINTS:
             return False
         threshold = min(threshold, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
         before = arm.upto(float(arm.exposure[-2]))
-        return has_passed_best(base, arm.arm()) and has_passed_best(base, before.arm())
+        levelled_off = has_passed_best(base, arm.arm()) and has_passed_best(base, before.arm())
+        return levelled_off and bool(arm.steps[-1] >= LEAST_STEPS)
 
     return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, enough, due)
 
