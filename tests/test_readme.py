@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,21 @@ def test_the_table_of_changed_settings_is_the_last_run_of_the_bench():
         assert cells[1] == ("—" if name == "nothing" else f"{numbers[0]:.2f}")
         assert cells[2:5] == [f"{number:.2f}" for number in numbers[1:]]
         assert cells[5] == f"{summary['times_the_cost']:.1f}"
+
+
+def test_the_table_of_rivals_is_the_last_run_of_the_bench():
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in stored("narrow")["rivals"]:
+        found.setdefault(record["rival"], []).append(record)
+    table = README[README.index("| rival |") :].splitlines()[2 : 2 + len(found)]
+    for row, (name, records) in zip(table, found.items(), strict=True):
+        _, ratio, regret = (cell.strip() for cell in row.strip("|").split("|"))
+        away = [record["decades_from_ceiling"] for record in records if "decades_from_ceiling" in record]
+        assert ratio == "−" if not away else float(ratio) == pytest.approx(10 ** statistics.median(away), rel=0.05), (
+            name
+        )
+        median = statistics.median(record["final_regret"] for record in records)
+        assert regret == f"{100 * median:.0f} %".replace("-", "−"), name
 
 
 def test_what_is_said_of_eight_pictures_is_what_the_bench_found():
