@@ -126,6 +126,12 @@ def test_the_table_of_changed_settings_is_the_last_run_of_the_bench():
         assert cells[5] == f"{summary['times_the_cost']:.1f}"
 
 
+def test_no_null_was_conclusive_and_all_gave_the_right_reason():
+    found = stored("narrow")["nulls"]
+    assert len({record["null"] for record in found}) == 4 and len(found) == 40
+    assert all(record["inconclusive"] and record["right_reason"] for record in found)
+
+
 def test_the_table_of_rivals_is_the_last_run_of_the_bench():
     found: dict[str, list[dict[str, Any]]] = {}
     for record in stored("narrow")["rivals"]:
