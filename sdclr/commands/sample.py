@@ -146,13 +146,11 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
 
 def _column(path: Path, run_name: str | None) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
-    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, available, verify
+    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, available, those_in, verify
 
     if not (path / "unet").is_dir():
         what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
-        kept = ", ".join(c.path.name for c in available(path.parent))
-        hint = f"there are, in {path.parent}: {kept}" if kept else ""
-        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
+        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=those_in(path.parent))
     identity = model_fingerprint(str(path))
     if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})

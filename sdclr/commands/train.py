@@ -146,9 +146,8 @@ class Session:
         from sdclr.engine import sharding
 
         average, main = self.config.checkpoint.average, self.processes.main
-        keep = (
-            sharding.copy_of if average else sharding.weights_of
-        )  # the average is measured in the model that was trained
+        # The average is measured in the model that was trained, and leaves its weights there.
+        keep = sharding.copy_of if average else sharding.weights_of
         trained = {name: keep(module, main) for name, module in self.run.modules.items()}
         averaged = self._save_average() if average else ""
         self.processes.on_main(lambda: self._write_up(trained, averaged))
@@ -233,9 +232,11 @@ class Session:
         from sdclr.engine.checkpoint import snapshot
 
         kept = snapshot(self.state, self.run.modules, self.processes.main)
-        self.processes.on_main(
-            (lambda: self._save_all(kept)) if must else lambda: self._try_to(lambda: self._save_all(kept))
-        )
+
+        def save() -> None:
+            self._save_all(kept)
+
+        self.processes.on_main(save if must else lambda: self._try_to(save))
 
     def _try_to(self, save: Callable[[], None]) -> None:
         try:

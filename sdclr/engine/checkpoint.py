@@ -157,6 +157,12 @@ def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)
     return sorted(found, key=lambda c: (c.step, c.kind))
 
 
+def those_in(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)) -> str:
+    """For a hint: which checkpoints a folder holds; empty if none."""
+    names = ", ".join(c.path.name for c in available(folder, kinds))
+    return f"there are, in {folder}: {names}" if names else ""
+
+
 def newest_sound(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest full checkpoint that verifies together with the best state it counts on, and why each newer one was skipped.
 
@@ -234,7 +240,8 @@ def pack_optimizer(
         for name, value in values.items():
             if isinstance(value, torch.Tensor):
                 gathered = sharding.whole(value).detach()
-                tensors |= {f"{index}.{name}": gathered.cpu().contiguous()} if wanted else {}
+                if wanted:
+                    tensors[f"{index}.{name}"] = gathered.cpu().contiguous()
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
     scaler = getattr(optimizer, "scaler", None)  # accelerate's, in fp16: its scale is found by trial over many steps

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config.schema import RunConfig
-from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, verify
+from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import Inputs, Plan, changed, fingerprint
 from sdclr.errors import CheckpointError, InputError
@@ -24,14 +24,11 @@ def resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Ch
     if named:
         number = named.name.partition("-")[2]
         if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
-            kept = ", ".join(c.path.name for c in available(folder.checkpoints, (FULL,)))
             fresh = f"this run has none to go on from; begin it: sdclr train {config_path}"
             what = (
                 f"is not a checkpoint to resume from ({FULL}-000400)" if named.exists() else "there is no such folder"
             )
-            raise CheckpointError(
-                f"{named}: {what}", hint=f"there are, in {folder.checkpoints}: {kept}" if kept else fresh
-            )
+            raise CheckpointError(f"{named}: {what}", hint=those_in(folder.checkpoints, (FULL,)) or fresh)
         if named.resolve().parent != folder.checkpoints.resolve():
             raise CheckpointError(
                 f"{named}: belongs to another run; this one's are in {folder.checkpoints}",

@@ -250,7 +250,7 @@ class _Encoder:
         self.trains_text = "text_encoder" in config.model.train
         self.cache = TensorCache(config.run.output_dir / ".cache")
         self.together = pictures_together(config.data.resolution)
-        self.vae_hash = weights_hash(components.what_encodes(parts.vae))
+        self.vae_key = (weights_hash(components.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
         self.text_hash = weights_hash(parts.text_encoder.named_parameters())
 
     def encode(self, pairs: tuple[Pair, ...], seen: list[View]) -> Encoded:
@@ -273,10 +273,7 @@ class _Encoder:
             content = content_hash(pair.path)
             for view in seen:
                 place = (c.run.seed, pair.key) if view.crop else ()
-                scale = self.parts.vae.config.scaling_factor
-                key = key_of(
-                    "latents", content, c.data.resolution, view.name, *place, self.vae_hash, scale, self.together
-                )
+                key = key_of("latents", content, c.data.resolution, view.name, *place, *self.vae_key, self.together)
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)
@@ -331,13 +328,12 @@ class _Encoder:
         stored = self.cache.get(keys.values())
         found = {caption: stored[key]["context"] for caption, key in keys.items() if key in stored}
         missing = [caption for caption in keys if caption not in found]
-        for first in range(0, len(missing), CAPTIONS_TOGETHER):
-            some = missing[first : first + CAPTIONS_TOGETHER]
-            group = some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))  # as pictures are, and for the same reason
-            contexts = self.parts.text_encoder(components.tokenize(self.parts, group).to(self.device))[0]
-            found |= {caption: context.cpu().clone() for caption, context in zip(some, contexts)}
-            done = first + len(some)
-            if done % PACK == 0 or done == len(missing):
-                pack = missing[PACK * ((done - 1) // PACK) : done]
-                self.cache.put({keys[caption]: {"context": found[caption]} for caption in pack})
+        for start in range(0, len(missing), PACK):
+            pack = missing[start : start + PACK]
+            for first in range(0, len(pack), CAPTIONS_TOGETHER):
+                some = pack[first : first + CAPTIONS_TOGETHER]
+                group = some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))  # as pictures are, and for the same reason
+                contexts = self.parts.text_encoder(components.tokenize(self.parts, group).to(self.device))[0]
+                found |= {caption: context.cpu().clone() for caption, context in zip(some, contexts)}
+            self.cache.put({keys[caption]: {"context": found[caption]} for caption in pack})
         return torch.stack([found[caption] for caption in captions])

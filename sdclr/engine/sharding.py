@@ -1,8 +1,7 @@
 """Training state in shares: of each weight, gradient and optimizer number every process holds its part, for models that one card does
 not hold (Zhao 2023, arXiv 2304.11277, as torch's fully_shard).
 
-accelerate's own config asks for it (`accelerate launch --use_fsdp --fsdp_version 2`). A forward or backward gathers
-one block at a time.
+accelerate's own config asks for it (`accelerate launch --use_fsdp --fsdp_version 2`). A forward or backward gathers one block at a time.
 What is written is always whole: a run in shares leaves the files of any other, and goes on from them.
 """
 
@@ -12,7 +11,6 @@ import os
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -28,11 +26,12 @@ REFUSED = {
 }
 """Settings of accelerate's that would ask for something else, as it puts them into the environment, and what to do about them."""
 NOT_SET = ("", "0", "n", "no", "f", "false", "off", "none")
+"""Words of a launcher that say no."""
 
 
 def asked() -> bool:
     """Whether the launcher wants shares, and there is someone to share with."""
-    return parse_flag_from_env("ACCELERATE_USE_FSDP") and processes.count() > 1
+    return _set("ACCELERATE_USE_FSDP") and processes.count() > 1
 
 
 def refuse_other_ways(optimizer: str, precision: str) -> None:
