@@ -37,6 +37,11 @@ class _Boundary(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
         except Exception as problem:
+            from sdclr.engine import fit  # not at the top: --help has no use for it
+
+            full = fit.out_of_memory(problem)
+            if full:
+                _end(full, full.exit_code)
             if processes.count() == 1 or isinstance(problem, (typer.Exit, typer.Abort)):
                 raise
             _end_together(problem)

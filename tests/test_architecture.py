@@ -80,7 +80,7 @@ def test_the_learning_rates_are_pure_numbers(module: str) -> None:
 
 def test_only_the_loop_goes_backward() -> None:
     found = [m for m, path in MODULES.items() if ".backward(" in path.read_text()]
-    assert found == ["sdclr.engine.loop"]
+    assert sorted(found) == ["sdclr.engine.loop", "sdclr.engine.memory"]  # the latter on shapes alone
 
 
 def loaded_by(statement: str) -> set[str]:

@@ -178,6 +178,24 @@ def test_the_speed_table_is_the_last_run_of_the_bench(file, batch, row):
     assert f"| {row} | {' | '.join(cells)} |" in README
 
 
+def test_the_gpu_table_is_the_last_run_of_the_bench():
+    stored_ = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("throughput-cuda", "throughput-cuda-compiled")}  # fmt: skip
+    rows = (("bare floor", "throughput-cuda", "floor"), ("`sdclr train`", "throughput-cuda", "sdclr"),
+            ("`sdclr train`, compiled", "throughput-cuda-compiled", "compiled"), ("diffusers' script", "throughput-cuda", "script"))  # fmt: skip
+    for row, file, kind in rows:
+        found = stored_[file]["batches"]["16"]
+        own, floor = found["seconds"][kind], found["seconds"]["floor"]
+        rate = 16 / throughput.quartiles(own)[1]
+        slower = "1" if kind == "floor" else "{1:.2f} ({0:.2f} to {2:.2f})".format(*throughput.ratio(own, floor))
+        share = throughput.FLOP_AN_IMAGE * rate / stored_[file]["machine"]["matmul"]
+        gib = found["memory"][kind]["device"] / 2**30
+        assert f"| {row} | {rate:.0f} | {slower} | {share:.0%} | {gib:.1f} |".replace("%", " %") in README
+    looks = stored_["throughput-cuda-compiled"]["validation"]
+    assert f"forward takes {throughput.ratio(looks['batched'], looks['unbatched'])[1]:.2f} of one that is not batched. After" in WORDS  # fmt: skip
+    (case,) = json.loads((RESULTS / "memory-cuda.json").read_text())["cases"]
+    assert f"{case['foretold'] / 2**30:.1f} GiB at batch 1, and {case['used'] / 2**30:.1f} were used" in WORDS
+
+
 def test_what_is_said_of_the_schedules_is_what_the_study_found():
     lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["schedules"])
     told = {(line["factor"], line["schedule"]): line for line in lines if "half" in line}

@@ -103,12 +103,13 @@ class Session:
         from sdclr.engine.signals import StopRequest
 
         plan, config = self.plan, self.config
+        self.run.compile_if_it_pays(plan.steps - (start.step if start else 0))
         self._restore(start) if start else self._begin()
         stopped_early = self._should_stop_early()  # by the run that is being resumed
         steps = optimizer_steps(
             self.state,
-            self.run.inputs.batches,
-            self.run.loss,
+            self.run.batches,
+            self.run.add_gradients,
             plan.schedule,
             self.state.step if stopped_early else plan.steps,
             self.run.accelerator,

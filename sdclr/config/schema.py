@@ -68,6 +68,10 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="auto: on an NVIDIA GPU the step is a CUDA graph, and torch.compile where the run is long enough to earn it; on: torch.compile; off: neither",
+    )
 
     @field_validator("base", "config")
     @classmethod
@@ -145,11 +149,13 @@ class ValidationSection(Section):
 class OptimizerSection(Section):
     """The optimizer; its betas are never cycled."""
 
-    name: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.999), description="adamw"
+    name: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = Field(
+        "adamw", description="adamw8bit: its two numbers a weight in a byte each (pip install 'sdclr[bitsandbytes]')"
     )
-    eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="adamw")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="adamw, adamw8bit"
+    )
+    eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="adamw, adamw8bit")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
@@ -158,6 +164,10 @@ class OptimizerSection(Section):
     text_encoder_scale: Annotated[float, Field(gt=0, le=100)] = Field(
         1.0, description="text encoder's rate as a multiple of the UNet's"
     )
+    fused_backward: bool = Field(
+        False,
+        description="update each weight as soon as its gradient is there, so that gradients take no memory; asks for max_grad_norm: null and batch.accumulate: 1",
+    )
 
     @model_validator(mode="after")
     def _settings_belong_to_the_optimizer(self) -> OptimizerSection:
@@ -165,8 +175,15 @@ class OptimizerSection(Section):
         found: list[tuple[str | None, str]] = [
             (key, f"has no effect: it belongs to {owner}, and optimizer.name is {self.name}")
             for key, owner in belongs.items()
-            if self.name != owner and getattr(self, key) != type(self).model_fields[key].default
+            if not self.name.startswith(owner) and getattr(self, key) != type(self).model_fields[key].default
         ]
+        if self.fused_backward and self.max_grad_norm is not None:
+            found.append(
+                (
+                    "fused_backward",
+                    f"updates weights before the whole gradient's norm is known, and optimizer.max_grad_norm is {self.max_grad_norm:g}: set that to null",
+                )
+            )
         if found:
             raise problems(found)
         return self
@@ -398,6 +415,17 @@ class RunConfig(Section):
         if model and optimizer.text_encoder_scale != 1.0 and "text_encoder" not in model.train:
             raise problem("has no effect: model.train does not name text_encoder", at="text_encoder_scale")
         return optimizer
+
+    @field_validator("batch")
+    @classmethod
+    def _nothing_is_left_to_accumulate(cls, batch: BatchSection, info: ValidationInfo) -> BatchSection:
+        optimizer = info.data.get("optimizer")
+        if optimizer and optimizer.fused_backward and batch.accumulate > 1:
+            raise problem(
+                f"must be 1 with optimizer.fused_backward, which updates after every backward; got {batch.accumulate}",
+                at="accumulate",
+            )
+        return batch
 
     @field_validator("train")
     @classmethod

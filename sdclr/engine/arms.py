@@ -142,8 +142,8 @@ class Bench:
         diverged = False
         steps = optimizer_steps(
             run.fresh_state(),
-            run.inputs.batches,
-            run.loss,
+            run.batches,
+            run.add_gradients,
             lr_at,
             most,
             run.accelerator,

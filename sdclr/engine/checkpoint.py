@@ -236,8 +236,11 @@ def pack_optimizer(
     """An optimizer's per-parameter state as tensors named `index.name`, and its plain numbers; with fp16 also its loss scale's."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
-    for index, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(
+        parameters
+    ):  # as state_dict numbers them; not that itself, which some optimizers nest
+        for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 gathered = sharding.whole(value).detach()
                 if wanted:
@@ -264,7 +267,10 @@ def unpack_optimizer(
         index, _, name = key.partition(".")
         like = parameters[int(index)]
         if isinstance(value, torch.Tensor) and value.shape == like.shape:
-            value = sharding.share_of(value, like)
+            share = sharding.share_of(value, like)
+            value = torch.empty_like(like, dtype=value.dtype).copy_(
+                share
+            )  # a fused update wants it laid out as the weight is
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

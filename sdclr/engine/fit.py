@@ -13,7 +13,7 @@ from sdclr.data import pairs
 from sdclr.engine import processes
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import Inputs
-from sdclr.errors import ConfigError, InputError
+from sdclr.errors import ConfigError, InputError, SdclrError
 from sdclr.report import console
 
 if TYPE_CHECKING:
@@ -68,7 +68,20 @@ def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> N
     ways = [f"batch.size: {smaller}"] if smaller else []
     if not config.model.gradient_checkpointing:
         ways.append("model.gradient_checkpointing: true")
+    if config.optimizer.name == "adamw":
+        ways.append("optimizer.name: adamw8bit")
     console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
+
+
+def out_of_memory(problem: BaseException) -> SdclrError | None:
+    """The message for a GPU whose memory is full, which torch tells by an exception of that name; None for anything else."""
+    if type(problem).__name__ != "OutOfMemoryError":
+        return None
+    return SdclrError(
+        f"the GPU's memory is full: {str(problem).partition('. ')[0]}",
+        hint="lower batch.size and raise batch.accumulate, or set model.gradient_checkpointing: true, optimizer.name: adamw8bit; "
+        "sdclr check says what a run needs; what was saved can be gone on with: --resume",
+    )
 
 
 def _largest(loaded: LoadedConfig) -> tuple[int, str]:

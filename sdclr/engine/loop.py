@@ -1,7 +1,7 @@
 """The only loop that trains: `range-test` and `train` iterate the same generator of optimizer steps.
 
-It knows no model and no schedule class: it is handed `loss_fn(micro_batch)`, `lr_at(step)` and `batches(step)`, and yields what each
-step did; the command decides what to do with it.
+It knows no model and no schedule class: it is handed `batches(step)`, `add_gradients(micro_batch, count)` and `lr_at(step)`, and yields
+what each step did; the command decides what to do with it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from accelerate import Accelerator
 
 from sdclr.engine import sharding
+from sdclr.engine.optimizers import InBackward
 from sdclr.errors import DivergenceError
+
+AddGradients = Callable[[Any, int], torch.Tensor]
 
 
 @dataclasses.dataclass
@@ -25,6 +28,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     step: int = 0
     exposure: float = 0.0
+    in_backward: InBackward | None = None
 
     @property
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -46,7 +50,7 @@ class StepResult:
 def optimizer_steps(
     state: TrainState,
     batches: Callable[[int], Sequence[Any]],
-    loss_fn: Callable[[Any], torch.Tensor],
+    add_gradients: AddGradients,
     lr_at: Callable[[int], float],
     until: int,
     accelerator: Accelerator,
@@ -54,32 +58,48 @@ def optimizer_steps(
 ) -> Iterator[StepResult]:
     """Train from `state.step` to `until`, one StepResult a step.
 
-    `loss_fn(micro_batch)` returns the mean loss of a micro-batch; a step averages over its micro-batches and over processes.
-    Raises DivergenceError, before the update, when a loss or gradient is not finite: weights and optimizer stay as they were.
+    `add_gradients(micro_batch, count)` adds those of one of `count` micro-batches, of its share in the step's mean loss, and returns
+    that share; a step averages over its micro-batches and over processes. The next step's batches are asked for while the
+    device is at work on this one's. Raises DivergenceError, before the update, when a loss or gradient is not finite: weights and
+    optimizer stay as they were (but for gradients that were used up in the backward).
     """
     modules = list(state.modules.values())
+    micro_batches = batches(state.step) if state.step < until else ()
     while state.step < until:
         lr = lr_at(state.step)
         assign_lr(state.optimizer, lr)
         state.optimizer.zero_grad(
             set_to_none=True
         )  # of a step that diverged, perhaps of another state of these weights
-        micro_batches = batches(state.step)
         total = torch.zeros((), device=accelerator.device)
         for number, micro_batch in enumerate(micro_batches, 1):
             with _gradients_synced(accelerator, modules, number == len(micro_batches)):
-                loss = loss_fn(micro_batch) / len(micro_batches)
-                accelerator.backward(loss)
-            total += loss.detach()
+                total += add_gradients(micro_batch, len(micro_batches))
+        micro_batches = batches(state.step + 1) if state.step + 1 < until else ()
         loss_value = float(accelerator.reduce(total, reduction="mean"))
-        grad_norm = _clip(state.parameters, max_grad_norm, accelerator)
-        _refuse_non_finite(state.step, lr, loss_value, grad_norm, accelerator)
+        grad_norm = _grad_norm(state, max_grad_norm, accelerator)
+        _refuse_non_finite(state, lr, loss_value, grad_norm, accelerator)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
         if not accelerator.optimizer_step_was_skipped:  # fp16: a gradient that overflowed has moved nothing
             state.exposure += lr
         yield StepResult(state.step, lr, loss_value, grad_norm, state.exposure)
+
+
+def gradients_of(
+    loss_fn: Callable[[Any], torch.Tensor], accelerator: Accelerator, careful: bool = False
+) -> AddGradients:
+    """The `add_gradients` of a function that gives a micro-batch's mean loss. A `careful` one goes back from no loss that is not finite:
+    where weights are updated in the backward, they would be spoilt before the loop sees it."""
+
+    def add_gradients(micro_batch: Any, count: int) -> torch.Tensor:
+        loss = loss_fn(micro_batch) / count
+        if not careful or torch.isfinite(loss):
+            accelerator.backward(loss)
+        return loss.detach()
+
+    return add_gradients
 
 
 def assign_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -104,19 +124,28 @@ class _gradients_synced:
             context.__exit__(*exc)
 
 
-def _clip(parameters: list[torch.nn.Parameter], max_norm: float | None, accelerator: Accelerator) -> float:
-    norm = accelerator.clip_grad_norm_(parameters, max_norm if max_norm is not None else float("inf"))
+def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerator) -> float:
+    """Of the whole gradient, before it is clipped here."""
+    if state.in_backward:
+        return state.in_backward.grad_norm()
+    norm = accelerator.clip_grad_norm_(state.parameters, max_norm if max_norm is not None else float("inf"))
     return float(sharding.whole(norm)) if norm is not None else 0.0
 
 
-def _refuse_non_finite(step: int, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:
+def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:
     scaled = (
         accelerator.scaler is not None
     )  # fp16: a gradient that overflows is skipped and the scale lowered, by design
     values = {"loss": loss} if scaled else {"loss": loss, "gradient norm": grad_norm}
     for name, value in values.items():
         if not torch.isfinite(torch.tensor(value)):
+            spoilt = name != "loss" and state.in_backward
+            what = (
+                "optimizer.fused_backward has put it into the weights"
+                if spoilt
+                else f"stopped before the update, the weights are those of step {state.step}"
+            )
             raise DivergenceError(
-                f"the {name} of step {step + 1} is {value} (learning rate {lr:.3g}); stopped before the update, the weights are those of step {step}",
+                f"the {name} of step {state.step + 1} is {value} (learning rate {lr:.3g}); {what}",
                 hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
             )

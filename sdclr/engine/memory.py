@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.dataset import views
+from sdclr.engine import graph
 from sdclr.engine.run import pictures_together, validation_batch
 from sdclr.model import components
 from sdclr.model.objective import squared_error
@@ -56,6 +57,7 @@ class Needs:
     draws: int
     encoding: int
     kept: float = 0.0
+    recorded: bool = False
 
     @property
     def resident(self) -> int:
@@ -74,9 +76,11 @@ class Needs:
         return dataclasses.replace(self, parts=parts)
 
     def working(self, batch: int) -> int:
-        """The peak of gradients and activations, in a training step or in a validation, whichever is higher, and what is kept beside them."""
+        """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
+        is recorded, for its memory stays its own), and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
-        return int((1 + self.kept) * max(self.training.peak(batch), looking))
+        training = self.training.peak(batch)
+        return int((1 + self.kept) * (training + looking if self.recorded else max(training, looking)))
 
     def largest(self, memory: int, most: int) -> int:
         """The largest batch up to `most` that fits; 0 when not even one sample does."""
@@ -117,7 +121,8 @@ def count(
             "libraries": LIBRARIES,
         }
         encoding += weights + encoders
-    return Needs(lasting, training, validation, draws, encoding, KEPT if device.type == "cpu" else 0.0)
+    kept, recorded = (KEPT if device.type == "cpu" else 0.0), graph.wanted(config, device, precision)
+    return Needs(lasting, training, validation, draws, encoding, kept, recorded)
 
 
 def available(device: torch.device) -> int:
@@ -244,10 +249,18 @@ class _Work:
                 prediction = self.parts.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
             loss = squared_error(prediction, latents).mean()
             if grad:
-                wanted = [p for module in self.trained for p in module.parameters()]
-                kept = torch.autograd.grad(loss, wanted, allow_unused=True)
-                del kept
+                self._backward(loss)
         return ledger.moments
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        wanted = [p for module in self.trained for p in module.parameters()]
+        if not self.config.optimizer.fused_backward:
+            kept = torch.autograd.grad(loss, wanted, allow_unused=True)
+            del kept
+            return
+        for parameter in wanted:
+            parameter.register_post_accumulate_grad_hook(_let_go)
+        loss.backward()
 
     def _autocast(self) -> Any:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -260,6 +273,10 @@ class _Work:
             ledger.skip((*module.parameters(), *module.buffers()))
         with _fused_attention(), ledger, torch.set_grad_enabled(grad):
             yield ledger
+
+
+def _let_go(parameter: torch.nn.Parameter) -> None:
+    parameter.grad = None
 
 
 @contextlib.contextmanager
@@ -280,10 +297,12 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _optimizer_bytes(config: RunConfig, modules: list[torch.nn.Module]) -> int:
-    """AdamW: two numbers a weight; Adafactor: one a row and one a column, and the update it works on; SGD: its momentum."""
+    """AdamW: two numbers a weight, in 8 bits a byte each (and one scale for 256 of them); Adafactor: one a row and one a column, and the update it works on; SGD: its momentum."""
     shapes = [p.shape for module in modules for p in module.parameters()]
     if config.optimizer.name == "adamw":
         return sum(8 * shape.numel() for shape in shapes)
+    if config.optimizer.name == "adamw8bit":  # bitsandbytes leaves tensors of less than 4096 numbers as they are
+        return sum(2 * (shape.numel() + 4 * -(-shape.numel() // 256)) if shape.numel() >= 4096 else 8 * shape.numel() for shape in shapes)  # fmt: skip
     if config.optimizer.name == "sgd":
         return sum(4 * shape.numel() for shape in shapes) if config.optimizer.momentum else 0
     factored = [s.numel() // s[-1] + s.numel() // s[-2] if len(s) > 1 else s.numel() for s in shapes]

@@ -182,7 +182,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "precision": config.model.precision,
         "images": images.hexdigest(),
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
-        "optimizer": config.optimizer.model_dump(mode="json"),
+        "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
     }

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +22,10 @@ from sdclr.data.batches import Sample
 from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.dataset import View, pixels, views
 from sdclr.data.pairs import Pair, printable
-from sdclr.engine import sharding
-from sdclr.engine.loop import TrainState
+from sdclr.engine import graph, optimizers, sharding
+from sdclr.engine.graph import Graph
+from sdclr.engine.loop import AddGradients, TrainState, gradients_of
+from sdclr.engine.optimizers import InBackward
 from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
@@ -32,9 +35,10 @@ from sdclr.model.objective import min_snr_weights, offset_noise, predict, square
 from sdclr.report import console
 from sdclr.seeding import generator
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "sgd": torch.optim.SGD}
 CAPTIONS_TOGETHER = 4
 """Captions in one pass of the text encoder: twice as fast as one by one; more gain little."""
+EARNS_COMPILING = 20 * 60
+"""Seconds that a run must take to be compiled: on an H200 the compiling takes two minutes and saves a third of every step."""
 PACK = 64
 """Entries that are encoded before they are written to the cache together."""
 
@@ -49,6 +53,16 @@ class Encoded:
     std: torch.Tensor
     tokens: torch.Tensor
     context: torch.Tensor | None
+
+
+class Prepared(NamedTuple):
+    """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), and the captions'
+    hidden states (batch, tokens, width) or, where the text encoder is trained, their token ids (batch, tokens)."""
+
+    latents: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+    words: torch.Tensor
 
 
 class Run:
@@ -68,6 +82,7 @@ class Run:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
+        optimizers.refuse_what_cannot_run(config.optimizer, self.accelerator.mixed_precision, self.processes.count)
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
         encoder = self._encoder = _Encoder(config, self.parts, self.device)
@@ -92,6 +107,53 @@ class Run:
         self.wrapped = self.modules if sharding.asked() else self._prepared()
         if "text_encoder" not in self.modules:
             self.parts.text_encoder.to("cpu")
+        self.denoiser: Callable[..., Any] = self.wrapped["unet"]
+        self._in_backward: InBackward | None = None
+        self.add_gradients = self._gradients()
+        if config.model.compile == "on":
+            self._compile()
+
+    def compile_if_it_pays(self, steps: int) -> None:
+        """With `compile: auto` on an NVIDIA GPU: compile the UNet where so many steps, as they are timed now, take long enough."""
+        if not isinstance(self.add_gradients, Graph) or self.config.model.compile != "auto":
+            return
+        count = self.config.batch.accumulate
+        seconds = self.add_gradients.seconds(self.batches(0)[0], count) * count * steps
+        if seconds > EARNS_COMPILING:
+            console.say(f"{steps} steps would take {seconds / 60:.0f} minutes: the UNet is compiled first (model.compile: off forgoes it)")  # fmt: skip
+            self._compile()
+
+    def _compile(self) -> None:
+        """The UNet through torch.compile, for training; raises InputError where it cannot be and was asked for by name.
+
+        Its weights lie channels last from here on, as convolutions want them on a GPU: a tenth of a compiled step.
+        """
+        if self.processes.count > 1:
+            raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
+        eager, unet = self.denoiser, self.modules["unet"]
+        unet.to(memory_format=torch.channels_last)
+        self.denoiser = torch.compile(functools.partial(type(unet).forward, unet), dynamic=False)
+        self.add_gradients = self._gradients()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # of what an earlier recording held
+        try:
+            self.add_gradients(self.batches(0)[0], self.config.batch.accumulate)
+        except Exception as error:  # no C compiler, no triton, an operator it does not know: each is the user's to know
+            what = f"torch.compile cannot compile the UNet here: {str(error).splitlines()[0][:300]}"
+            if self.config.model.compile == "on":
+                raise InputError(f"model.compile: {what}", hint="set model.compile: auto") from error
+            console.warn(f"{what}; it is trained as it is")
+            self.denoiser = eager
+            self.add_gradients = self._gradients()
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
+
+    def _gradients(self) -> AddGradients:
+        """How a micro-batch's gradients come about: kernel by kernel, or as a recorded graph."""
+        plain = gradients_of(self.loss, self.accelerator, careful=self.config.optimizer.fused_backward)
+        if not graph.wanted(self.config, self.device, self.accelerator.mixed_precision):
+            return plain
+        return Graph(plain, [p for module in self.modules.values() for p in module.parameters()])
 
     def _prepared(self) -> dict[str, torch.nn.Module]:
         prepared = self.accelerator.prepare(*self.modules.values())
@@ -126,10 +188,18 @@ class Run:
         self._untouched = False
         for name, weights in self._base.items():
             self.modules[name].load_state_dict(weights)
-        return TrainState(self.wrapped, self._new_optimizer())
+        if self._in_backward:
+            self._in_backward.end()
+        optimizer = self._new_optimizer()
+        self._in_backward = InBackward(optimizer) if self.config.optimizer.fused_backward else None
+        return TrainState(self.wrapped, optimizer, in_backward=self._in_backward)
 
-    def loss(self, samples: Sequence[Sample]) -> torch.Tensor:
-        """Mean training loss of some samples; every draw derives from the seed and the sample's position."""
+    def batches(self, step: int) -> list[Prepared]:
+        """A step's micro-batches, on their way to the device."""
+        return [self.prepare(samples) for samples in self.inputs.batches(step)]
+
+    def prepare(self, samples: Sequence[Sample]) -> Prepared:
+        """Some samples as the loss takes them; every draw derives from the seed and the sample's position."""
         config, seed, shape = self.config, self.inputs.batches.seed, self.train.mean.shape[2:]
         steps = self.parts.noise_scheduler.config.num_train_timesteps
         index = torch.tensor([s.index for s in samples])
@@ -143,12 +213,14 @@ class Run:
             noise = offset_noise(noise, shift, config.loss.noise_offset)
         latents = self.train.mean[index, view] + self.train.std[index, view] * spread
         dropped = torch.tensor([s.drop_caption for s in samples])
-        latents, noise, timesteps = (x.to(self.device) for x in (latents, noise, timesteps))
-        per_sample = self._denoise(
-            self.wrapped["unet"], latents, noise, timesteps, self._context(self.train, index, dropped)
-        )
-        if config.loss.min_snr_gamma:
-            per_sample = per_sample * min_snr_weights(self.parts.noise_scheduler, timesteps, config.loss.min_snr_gamma)
+        return Prepared(*map(self._sent, (latents, noise, timesteps, self._words(self.train, index, dropped))))
+
+    def loss(self, batch: Prepared) -> torch.Tensor:
+        """Mean training loss of a micro-batch."""
+        per_sample = self._denoise(self.denoiser, *batch[:3], self._context(batch.words))
+        gamma = self.config.loss.min_snr_gamma
+        if gamma:
+            per_sample = per_sample * min_snr_weights(self.parts.noise_scheduler, batch.timesteps, gamma)
         return per_sample.mean()
 
     # Validation -------------------------------------------------------------------------------------------------------------
@@ -170,9 +242,9 @@ class Run:
 
         def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             index = torch.tensor(images)
-            latents, noise, timesteps = (x.to(self.device) for x in (encoded.mean[index, 0], noise, timesteps))
-            context = self._context(encoded, index, torch.zeros(len(images), dtype=torch.bool))
-            return self._denoise(self.modules["unet"], latents, noise, timesteps, context)
+            words = self._words(encoded, index, torch.zeros(len(images), dtype=torch.bool))
+            latents, noise, timesteps, words = map(self._sent, (encoded.mean[index, 0], noise, timesteps, words))
+            return self._denoise(self.modules["unet"], latents, noise, timesteps, self._context(words))
 
         return evaluate(list(self.modules.values()), losses_of, draws, self.validation_batch, self.accelerator)
 
@@ -183,31 +255,40 @@ class Run:
 
     # Parts ------------------------------------------------------------------------------------------------------------------
 
-    def _denoise(self, unet: torch.nn.Module, latents, noise, timesteps, context) -> torch.Tensor:
+    def _denoise(self, unet: Callable[..., Any], latents, noise, timesteps, context) -> torch.Tensor:
         with self.accelerator.autocast():
             prediction, target = predict(unet, self.parts.noise_scheduler, latents, noise, timesteps, context)
         return squared_error(prediction, target)
 
-    def _context(self, encoded: Encoded, index: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-        if encoded.context is not None:
-            assert self.empty_context is not None
-            return torch.where(dropped[:, None, None], self.empty_context, encoded.context[index]).to(self.device)
-        tokens = torch.where(dropped[:, None], self.empty_tokens, encoded.tokens[index]).to(self.device)
+    def _words(self, encoded: Encoded, index: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
+        """What is known of captions before training: the frozen encoder's hidden states, or the tokens of one that is trained."""
+        known, nothing = (
+            (encoded.tokens, self.empty_tokens) if encoded.context is None else (encoded.context, self.empty_context)
+        )
+        assert nothing is not None
+        return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, known[index])
+
+    def _context(self, words: torch.Tensor) -> torch.Tensor:
+        if "text_encoder" not in self.modules:
+            return words
         text_encoder = self.wrapped["text_encoder"] if torch.is_grad_enabled() else self.modules["text_encoder"]
         with self.accelerator.autocast():
-            return text_encoder(tokens)[0]
+            return text_encoder(words)[0]
+
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device, without waiting for what it is at work on."""
+        return (
+            tensor.pin_memory().to(self.device, non_blocking=True)
+            if self.device.type == "cuda"
+            else tensor.to(self.device)
+        )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         c = self.config.optimizer
         groups = [{"params": list(self.modules["unet"].parameters()), "lr_scale": 1.0}]
         if "text_encoder" in self.modules:
             groups.append({"params": list(self.modules["text_encoder"].parameters()), "lr_scale": c.text_encoder_scale})
-        settings: dict[str, dict[str, Any]] = {
-            "adamw": {"betas": c.betas, "eps": c.eps, "fused": True},
-            "adafactor": {},
-            "sgd": {"momentum": c.momentum, "fused": not sharding.asked()},  # torch has no fused one for shares
-        }
-        optimizer = OPTIMIZERS[c.name](groups, lr=1e-3, weight_decay=c.weight_decay, **settings[c.name])
+        optimizer = optimizers.new(c, groups)
         self.accelerator._optimizers.clear()  # one optimizer at a time: an arm's must not be unscaled with the next one's
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler is not None else optimizer
 

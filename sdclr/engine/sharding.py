@@ -41,8 +41,8 @@ def refuse_other_ways(optimizer: str, precision: str) -> None:
     for name, instead in REFUSED.items():
         if _set(name):
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
-    if optimizer == "adafactor":  # torch's has in-place norms over rows that lie in several processes
-        raise InputError("adafactor cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
+    if optimizer in ("adafactor", "adamw8bit"):  # norms over rows, and scales of blocks, that lie in several processes
+        raise InputError(f"{optimizer} cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
     if precision == "fp16":  # each process would find a loss scale of its own
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -16,6 +17,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors import SafetensorError, safe_open
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdclr.config.schema import ModelSection
@@ -52,10 +54,11 @@ class Components:
         return pipeline
 
     def with_weights(self, weights: dict[str, dict[str, torch.Tensor]]) -> Components:
-        """These parts with other weights by name, to be written, not run: buffers that no file holds have no content. Nothing is copied."""
+        """These parts with other weights by name, to be written, not run: buffers that no file holds have no content. Nothing is copied but what lies in another layout."""
         others = {name: without_weights(getattr(self, name)) for name in weights}
         for name, model in others.items():
-            model.load_state_dict(weights[name], assign=True)
+            own = {key: tensor.contiguous() for key, tensor in weights[name].items()}  # a file holds no other layout
+            model.load_state_dict(own, assign=True)
         return dataclasses.replace(self, **others)
 
     def save_pipeline(self, folder: Path) -> None:
@@ -160,9 +163,13 @@ def prepare_for_training(parts: Components, config: ModelSection, device: torch.
     for module in parts.trainable(config.train).values():
         module.requires_grad_(True)
         if config.gradient_checkpointing:
-            diffusers_model = isinstance(module, UNet2DConditionModel)
-            (module.enable_gradient_checkpointing if diffusers_model else module.gradient_checkpointing_enable)()
-            module.train(not diffusers_model)  # transformers recomputes in training mode alone; a CLIP has no dropout
+            # Nothing here draws random numbers, and looking after their state would keep a step from being recorded.
+            how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+            if isinstance(module, UNet2DConditionModel):
+                module.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
+            else:
+                module.gradient_checkpointing_enable(how)
+                module.train()  # transformers recomputes in training mode alone; a CLIP has no dropout
     set_attention(parts.unet, config.attention, device)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 
 def predict(
-    unet: torch.nn.Module,
+    unet: Callable[..., Any],
     noise_scheduler: DDPMScheduler,
     latents: torch.Tensor,
     noise: torch.Tensor,

@@ -1,4 +1,4 @@
-"""One contestant of the throughput measurement, in a process of its own: `floor`, `sdclr`, `script`, or `validation`.
+"""One contestant of the throughput measurement, in a process of its own: `floor`, `sdclr`, `compiled`, `script`, or `validation`.
 
 Speaks lines of JSON: says when it is ready, then for every number N on stdin trains N steps and says how long they took; at `end`
 it says how much memory it had at most.
@@ -20,8 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 Turns = Callable[[], Iterator[int]]
-FOREVER = 100_000
-"""Steps of a run that the driver ends."""
+FOREVER = {"cpu": 100_000, "cuda": 2_000}
+"""Steps of a run that the driver ends; on a GPU, where it is a matter of minutes, few enough that `compile: auto` does not compile."""
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -106,9 +106,9 @@ def write_config(args: argparse.Namespace) -> Path:
         f"run: {{name: bench-{args.batch}, output_dir: '{args.work / 'runs'}'}}\n"
         f"model: {{base: '{args.model}'}}\n"
         f"data: {{images: '{args.images}', resolution: {args.resolution}, flip: true}}\n"
-        f"validation: {{fraction: 0.2, every: {FOREVER}, timesteps_per_image: {args.draws}}}\n"
+        f"validation: {{fraction: 0.2, every: {FOREVER[args.device]}, timesteps_per_image: {args.draws}}}\n"
         f"batch: {{size: {args.batch}}}\ncheckpoint: {{best: false}}\n"
-        f"schedule: {{policy: constant, max_lr: 1e-6}}\ntrain: {{steps: {FOREVER}}}\n"
+        f"schedule: {{policy: constant, max_lr: 1e-6}}\ntrain: {{steps: {FOREVER[args.device]}}}\n"
     )
     return path
 
@@ -154,7 +154,7 @@ def sdclr(args: argparse.Namespace) -> None:
 
     console.progress = progress
     with contextlib.suppress(Ended):
-        train.train(write_config(args))
+        train.train(write_config(args), args.set)
 
 
 # (c) diffusers' train_text_to_image.py, step by step (its defaults but for the batch; EMA off, no tracker) ---------------------
@@ -220,12 +220,14 @@ def script(args: argparse.Namespace) -> None:
         return {"pixel_values": pixel_values, "input_ids": torch.stack([e["input_ids"] for e in examples])}
 
     loader = torch.utils.data.DataLoader(Pictures(), shuffle=True, collate_fn=collate, batch_size=args.batch)
-    lr_scheduler = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=FOREVER)
+    lr_scheduler = get_scheduler(
+        "constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=FOREVER[args.device]
+    )
     unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
     weight_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     text_encoder.to(accelerator.device, dtype=weight_dtype)
     vae.to(accelerator.device, dtype=weight_dtype)
-    bar = tqdm(range(FOREVER), disable=not accelerator.is_local_main_process)
+    bar = tqdm(range(FOREVER[args.device]), disable=not accelerator.is_local_main_process)
 
     def endless() -> Iterator[dict[str, torch.Tensor]]:
         while True:
@@ -270,7 +272,7 @@ def validation(args: argparse.Namespace) -> None:
     from sdclr.engine.run import Run
 
     say(imported=resident())
-    loaded = source.load(write_config(args))
+    loaded = source.load(write_config(args), args.set)
     run = Run(loaded.config, read_inputs(loaded))
     assert run.held_out is not None
     draws, batched = run.draws(run.held_out), run.validation_batch
@@ -289,7 +291,7 @@ def validation(args: argparse.Namespace) -> None:
 def main() -> None:
     """Be the contestant that the command line names."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["floor", "sdclr", "script", "validation"])
+    parser.add_argument("kind", choices=["floor", "sdclr", "compiled", "script", "validation"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -298,14 +300,19 @@ def main() -> None:
     parser.add_argument("--vae-factor", type=int, required=True)
     parser.add_argument("--draws", type=int, default=16, help="sdclr's validation draws of an image")
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
+    parser.add_argument("--set", action="append", default=[], help="an override of sdclr's config")
     args = parser.parse_args()
+    if args.kind == "compiled":
+        args.set.append("model.compile=on")
     args.work.mkdir(parents=True, exist_ok=True)
-    {"floor": floor, "sdclr": sdclr, "script": script, "validation": validation}[args.kind](args)
+    {"floor": floor, "sdclr": sdclr, "compiled": sdclr, "script": script, "validation": validation}[args.kind](args)
     device_peak = None
     if args.device == "cuda":
         import torch
 
-        device_peak = torch.cuda.max_memory_allocated()
+        device_peak = (
+            torch.cuda.max_memory_reserved()
+        )  # what no other program can have; a CUDA graph's memory is not "allocated"
     say(peak=resident("VmHWM"), device_peak=device_peak)
 
 

@@ -5,6 +5,8 @@ The held-out images are measured once, before the first step; no copy of the bes
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +18,59 @@ BAR = 0.10
 """Foretold within this share of used, both as whole processes; the imports are measured."""
 
 
-def measure(work: Path, quick: bool) -> list[dict[str, Any]]:
-    """Bytes foretold and used, above the imports and whole, for each case."""
-    demo, middle = ROOT / "data/tiny-sd", folder_of("middle", work)
-    cases = [(demo, 64, 4, 16), (middle, 128, 8, 4)]
-    if not quick:
-        cases = [
-            (demo, 64, 4, 4),
-            *cases,
-            (middle, 128, 8, 1),
-            (middle, 192, 8, 6),
-            (middle, 256, 8, 2),
-            (middle, 256, 8, 8),
-        ]
-    return [_case(work, *case) for case in cases]
+SMALLER = ("model.gradient_checkpointing=true",)
+SMALLER_STILL = (*SMALLER, "optimizer.name=adamw8bit")
+SMALLEST = (*SMALLER_STILL, "optimizer.fused_backward=true", "optimizer.max_grad_norm=null")
+"""Settings that take less memory, each with the one before."""
 
 
-def _case(work: Path, model: Path, resolution: int, factor: int, batch: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model trained on pictures of some resolution, at some batch size, with overrides of the config."""
+
+    model: Path
+    resolution: int
+    factor: int
+    batch: int
+    overrides: tuple[str, ...] = ()
+
+
+def cases(work: Path, quick: bool, device: str) -> list[Case]:
+    """What is measured; on a GPU at Stable Diffusion 1.5's true size."""
+    if device == "cuda":
+        sd15 = Case(folder_of("sd15", work), 512, 8, 1)
+        settings = ((), SMALLER, SMALLER_STILL, SMALLEST, (*SMALLER, "optimizer.name=adafactor"))
+        small = [replace(sd15, overrides=overrides) for overrides in settings]
+        return small if quick else [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",))]  # fmt: skip
+    demo, middle = Case(ROOT / "data/tiny-sd", 64, 4, 16), Case(folder_of("middle", work), 128, 8, 4)
+    if quick:
+        return [demo, middle]
+    sizes = ((128, 1), (192, 6), (256, 2), (256, 8))
+    return [replace(demo, batch=4), demo, middle, *(replace(middle, resolution=r, batch=b) for r, b in sizes)]
+
+
+def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
+    """Bytes foretold and used, above the imports and whole; on a GPU, of its memory."""
     import torch
 
     from sdclr.config import source
     from sdclr.engine import memory
 
-    setting = throughput.Setting(model, ROOT / "data/mochi", resolution, factor, (batch,), "cpu", 1, 0)
-    contestant = throughput.Contestant("sdclr", setting, batch, work, "--draws", "2")
+    setting = throughput.Setting(case.model, ROOT / "data/mochi", case.resolution, case.factor, (case.batch,), device, 1, 0)  # fmt: skip
+    sets = [word for override in case.overrides for word in ("--set", override)]
+    contestant = throughput.Contestant("sdclr", setting, case.batch, work, "--draws", "2", *sets)
     imported = contestant.imported
     contestant.round(2)
     used = contestant.end()
-    config = source.load(work / f"sdclr-{batch}" / "run.yaml").config
-    needs = memory.count(config, 16, 4, torch.device("cpu"))
-    return {
-        "model": model.name, "weights": needs.parts["weights"], "batch": batch, "resolution": resolution, "imported": imported,
-        "foretold": needs.at(batch), "used": used["above_imports"], "peak": used["peak"],
+    config = source.load(work / f"sdclr-{case.batch}" / "run.yaml", case.overrides).config
+    needs = memory.count(config, 16, 4, torch.device(device))
+    found = {
+        "model": case.model.name, "weights": needs.parts["weights"], "batch": case.batch, "resolution": case.resolution,
+        "overrides": list(case.overrides), "foretold": needs.at(case.batch),
     }  # fmt: skip
+    if device == "cuda":
+        return {**found, "imported": 0, "used": used["device"], "peak": used["device"]}
+    return {**found, "imported": imported, "used": used["above_imports"], "peak": used["peak"]}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -56,15 +78,15 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "## Memory foretold and used",
         "",
-        *(f"- {name}: {value}" for name, value in result["machine"].items()),
+        *throughput.told(result),
         "",
     ]
-    lines += ["| model | UNet MiB | pixels | batch | foretold MiB | used MiB | off | off, whole process | bar |", "|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines += ["| model | UNet MiB | pixels | batch | with | foretold MiB | used MiB | off | off, whole process | bar |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for c in result["cases"]:
         off, whole = c["foretold"] / c["used"] - 1, (c["foretold"] + c["imported"]) / c["peak"] - 1
         mib = {k: c[k] / 2**20 for k in ("weights", "foretold", "used")}
         lines.append(
-            f"| {c['model']} | {mib['weights']:.0f} | {c['resolution']} | {c['batch']} | {mib['foretold']:.0f} | {mib['used']:.0f} "
+            f"| {c['model']} | {mib['weights']:.0f} | {c['resolution']} | {c['batch']} | {', '.join(c.get('overrides', []))} | {mib['foretold']:.0f} | {mib['used']:.0f} "
             f"| {off:+.1%} | {whole:+.1%} | {'holds' if abs(whole) <= BAR else 'MISSED'} |"
         )
     return "\n".join([*lines, ""])

@@ -133,7 +133,7 @@ def curve(
     with console.progress(name, total=last) as bar:
         try:
             for done in optimizer_steps(
-                run.fresh_state(), run.inputs.batches, run.loss, lr_at, last, run.accelerator, max_grad_norm
+                run.fresh_state(), run.batches, run.add_gradients, lr_at, last, run.accelerator, max_grad_norm
             ):
                 train_losses.append(done.loss)
                 rates.append(done.lr)

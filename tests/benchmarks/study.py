@@ -372,7 +372,7 @@ def climb(
         **painter.look(0),
     }
     steps = optimizer_steps(
-        untouched, run.inputs.batches, run.loss, schedule, schedule.steps, run.accelerator, bench.config.optimizer.max_grad_norm
+        untouched, run.batches, run.add_gradients, schedule, schedule.steps, run.accelerator, bench.config.optimizer.max_grad_norm
     )  # fmt: skip
     due = {rung * cycle: rung for rung in study.scale.rungs}
     try:

@@ -4,9 +4,10 @@
     python tests/benchmarks/throughput.py                         # the demo model at batch 1, 4 and 16
     python tests/benchmarks/throughput.py --full-size             # steps of the true SD 1.5 shape at 256 pixels (16 GiB)
     python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
+    python tests/benchmarks/throughput.py --device cuda --compiled    # the same, compiled: two minutes more for each batch
     python tests/benchmarks/throughput.py --startup               # help, a config error, the first step
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
-    python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB)
+    python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB; or --device cuda)
     make bench
 
 Contestants take turns in short rounds, each in a process of its own, so that whatever else the machine does falls on all of them;
@@ -31,8 +32,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-BARS = {"floor": 1.05, "script": 1.5, "memory": 1.0, "validation": 0.5}
-"""sdclr's step ≤ 1.05 × the floor's; ≥ 1.5 × the script's images/s at batch 4; ≤ its peak memory; a batched forward ≤ half an unbatched."""
+BARS = {"floor": 1.05, "script": 1.5, "memory": 1.0, "validation": 0.5, "matmul": 0.3}
+"""sdclr's step ≤ 1.05 × the floor's; ≥ 1.5 × the script's images/s at batch 4; ≤ its peak memory; a batched forward ≤ half an unbatched; on a GPU
+≥ 30 % of the rate of its bf16 matrix product."""
+FLOP_AN_IMAGE = 2.41e12
+"""Forward and backward of SD 1.5's UNet on one 512-pixel picture (research: trainers.md, section 6)."""
 TRAINERS = ("floor", "sdclr", "script")
 
 
@@ -48,6 +52,7 @@ class Setting:
     device: str
     rounds: int
     seconds: float
+    kinds: tuple[str, ...] = TRAINERS
     together: bool = True  # contestants alive at the same time; else one after the other (not enough memory for three)
 
 
@@ -65,7 +70,7 @@ class Contestant:
         self.process = subprocess.Popen(
             [*command, "--batch", str(batch), "--work", str(folder), *more],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.noise.open("w"), text=True,
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])},
         )  # fmt: skip
         self.imported = self._hear("imported")["imported"]
         self.ready = self._hear("ready")
@@ -99,17 +104,19 @@ class Contestant:
 
 def train(setting: Setting, batch: int, work: Path) -> dict[str, Any]:
     """Rounds of the three trainers at one batch size: seconds a step in each round, and peak memory."""
-    times: dict[str, list[float]] = {kind: [] for kind in TRAINERS}
+    times: dict[str, list[float]] = {kind: [] for kind in setting.kinds}
     memory: dict[str, Any] = {}
     if not setting.together:
-        for kind in TRAINERS:
+        for kind in setting.kinds:
             contestant = Contestant(kind, setting, batch, work)
+            if setting.device == "cuda":
+                contestant.round(5)  # recording, choosing of kernels
             first = contestant.round(1)["seconds"]
             steps = max(1, round(setting.seconds / first))
             times[kind] = [contestant.round(steps)["seconds"] / steps for _ in range(setting.rounds)]
             memory[kind] = contestant.end()
         return {"seconds": times, "memory": memory}
-    contestants = [Contestant(kind, setting, batch, work) for kind in TRAINERS]
+    contestants = [Contestant(kind, setting, batch, work) for kind in setting.kinds]
     for contestant in contestants:
         contestant.round(3)  # warm-up
     once = {c.kind: c.round(3)["seconds"] / 3 for c in contestants}
@@ -157,27 +164,40 @@ def verdict(holds: bool) -> str:
     return "holds" if holds else "MISSED"
 
 
+def told(result: dict[str, Any]) -> list[str]:
+    """The machine's facts in words."""
+    return [f"- {name}: {value}" for name, value in result["machine"].items() if isinstance(value, str)]
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The result as tables; every median with its quartiles."""
-    lines = ["## Throughput", "", *(f"- {name}: {value}" for name, value in result["machine"].items()), ""]
+    lines = ["## Throughput", "", *told(result), ""]
     lines += ["| batch | contestant | ms a step | images/s | × floor | peak MiB | above imports MiB |", "|---|---|---|---|---|---|---|"]  # fmt: skip
     bars = []
     for batch, found in result["batches"].items():
         times, memory = found["seconds"], found["memory"]
-        for kind in TRAINERS:
+        for kind in times:
             own, m = times[kind], memory[kind]
             peak = m["device"] or m["peak"]
             lines.append(
                 f"| {batch} | {kind} | {shown(quartiles([1000 * t for t in own]), '.1f')} | {int(batch) / quartiles(own)[1]:.1f} "
                 f"| {shown(ratio(own, times['floor']))} | {peak / 2**20:.0f} | {m['above_imports'] / 2**20:.0f} |"
             )
-        slower, faster = ratio(times["sdclr"], times["floor"]), ratio(times["script"], times["sdclr"])
-        bars.append(f"- batch {batch}: sdclr / floor {shown(slower)}, bar {BARS['floor']}: {verdict(slower[1] <= BARS['floor'])}")  # fmt: skip
-        bar = f", bar {BARS['script']}: {verdict(faster[1] >= BARS['script'])}" if batch == "4" else ""
-        bars.append(f"- batch {batch}: images/s of sdclr / script {shown(faster)}{bar}")
-        for name in ("device",) if memory["sdclr"]["device"] else ("peak", "above_imports"):
-            share = memory["sdclr"][name] / memory["script"][name]
-            bars.append(f"- batch {batch}: memory ({name}) of sdclr / script {share:.3f}, bar {BARS['memory']}: {verdict(share <= BARS['memory'])}")  # fmt: skip
+        own = "sdclr" if "sdclr" in times else "compiled"
+        slower = ratio(times[own], times["floor"])
+        bars.append(f"- batch {batch}: {own} / floor {shown(slower)}, bar {BARS['floor']}: {verdict(slower[1] <= BARS['floor'])}")  # fmt: skip
+        if "script" in times:
+            faster = ratio(times["script"], times[own])
+            bar = f", bar {BARS['script']}: {verdict(faster[1] >= BARS['script'])}" if batch == "4" else ""
+            bars.append(f"- batch {batch}: images/s of {own} / script {shown(faster)}{bar}")
+        for kind in times if "matmul" in result["machine"] else ():
+            share = FLOP_AN_IMAGE * int(batch) / quartiles(times[kind])[1] / result["machine"]["matmul"]
+            verdict_ = f", bar {BARS['matmul']:.0%}: {verdict(share >= BARS['matmul'])}" if kind == own else ""
+            bars.append(f"- batch {batch}: {kind} at {share:.1%} of the rate of a bf16 matrix product{verdict_}")
+        rival = "script" if "script" in times else "floor"
+        for name in ("device",) if memory[own]["device"] else ("peak", "above_imports"):
+            share = memory[own][name] / memory[rival][name]
+            bars.append(f"- batch {batch}: memory ({name}) of {own} / {rival} {share:.3f}, bar {BARS['memory']}: {verdict(share <= BARS['memory'])}")  # fmt: skip
     if "validation" in result:
         v = result["validation"]
         share = ratio(v["batched"], v["unbatched"])
@@ -202,12 +222,17 @@ def machine(device: str) -> dict[str, Any]:
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, diffusers {diffusers.__version__}, accelerate {accelerate.__version__}",
     }
     if device == "cuda":
-        facts |= {"GPU": torch.cuda.get_device_name(), "ceilings": ceilings()}
+        flops, rate = ceilings()
+        facts |= {
+            "GPU": torch.cuda.get_device_name(),
+            "ceilings": f"{flops / 1e12:.0f} TFLOP/s (bf16 matrix product), {rate / 1e9:.0f} GB/s (copy)",
+            "matmul": flops,
+        }
     return facts
 
 
-def ceilings() -> str:
-    """The card's own speed: a large bf16 matrix product, and a copy."""
+def ceilings() -> tuple[float, float]:
+    """The card's own speed: FLOP/s of a large bf16 matrix product, and bytes/s read and written by a copy."""
     import torch
 
     def best_of(work: Any, repeats: int = 10) -> float:
@@ -223,8 +248,7 @@ def ceilings() -> str:
 
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     big, other = (torch.empty(2**30, device="cuda", dtype=torch.uint8) for _ in range(2))
-    flops, rate = 2 * 8192**3 / best_of(lambda: a @ a), 2 * 2**30 / best_of(lambda: big.copy_(other))
-    return f"{flops / 1e12:.0f} TFLOP/s (bf16 matrix product), {rate / 1e9:.0f} GB/s (copy)"
+    return 2 * 8192**3 / best_of(lambda: a @ a), 2 * 2**30 / best_of(lambda: big.copy_(other))
 
 
 def setting_of(args: argparse.Namespace) -> Setting:
@@ -238,10 +262,18 @@ def setting_of(args: argparse.Namespace) -> Setting:
 
     model = folder_of("sd15", args.work)
     if args.device == "cuda":
-        return Setting(model, ROOT / "data/mochi", 512, 8, args.batches or (1, 4), "cuda", rounds, seconds, together=False)  # fmt: skip
+        rounds, seconds = (3, 0.5) if args.quick else (args.rounds or 9, 1.0)
+        kinds = ("floor", "compiled") if args.compiled else TRAINERS
+        return Setting(model, ROOT / "data/mochi", 512, 8, args.batches or (1, 4, 16), "cuda", rounds, seconds, kinds, together=False)  # fmt: skip
     return Setting(
         model, ROOT / "data/mochi", 256, 8, args.batches or (1,), "cpu", args.rounds or 7, 0.0, together=False
     )
+
+
+def keep(work: Path, name: str, result: dict[str, Any]) -> None:
+    """Write the result as JSON."""
+    work.mkdir(parents=True, exist_ok=True)
+    (work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:
@@ -258,6 +290,11 @@ def main() -> None:
     )
     parser.add_argument("--caches", action="store_true", help="instead: how long many pictures take to be read")
     parser.add_argument("--memory", action="store_true", help="instead: memory as foretold and as used")
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="with --device cuda: sdclr with model.compile: on, beside the floor alone",
+    )
     parser.add_argument("--pictures", type=int, default=10_000, help="with --caches")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batches", type=lambda text: tuple(map(int, text.split(","))), help="such as 1,4,16")
@@ -289,20 +326,24 @@ def main() -> None:
     elif args.memory:
         import foretold
 
-        cases = foretold.measure(args.work, args.quick)
-        result = {"machine": machine(args.device), "cases": cases}
-        text, name = foretold.markdown(result), "memory"
+        name = "memory-cuda" if args.device == "cuda" else "memory"
+        result = {"machine": machine(args.device), "cases": []}
+        for case in foretold.cases(args.work, args.quick, args.device):
+            result["cases"].append(foretold.measure(args.work, case, args.device))
+            keep(args.work, name, result)
+        text = foretold.markdown(result)
     else:
         setting = setting_of(args)
+        name = f"throughput-{args.device}{'-full-size' * args.full_size}{'-compiled' * args.compiled}"
         result = {"machine": machine(args.device), "batches": {}}
         for batch in setting.batches:
             result["batches"][str(batch)] = train(setting, batch, args.work)
             print(markdown(result), flush=True)  # a bench that is cut short has shown what it found
-        if not args.full_size:
+            keep(args.work, name, result)
+        if not args.full_size and not args.compiled:
             result["validation"] = validate(setting, args.work)
-        text, name = markdown(result), f"throughput-{args.device}{'-full-size' if args.full_size else ''}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    (args.work / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        text = markdown(result)
+    keep(args.work, name, result)
     print(text)
 
 

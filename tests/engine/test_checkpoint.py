@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from sdclr.engine import checkpoint as checkpoints
 from sdclr.engine.checkpoint import BEST, FULL, TROUGH, available, newest_sound, prune, restore, save, snapshot, verify
@@ -51,6 +52,23 @@ def flat(optimizer: torch.optim.Optimizer) -> dict[tuple[int, str], object]:
 
 def same(a: object, b: object) -> bool:
     return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b
+
+
+def test_weights_that_lie_channels_last_are_saved_and_taken_up_as_any_others(run, tmp_path):
+    unet = run.modules["unet"]
+    try:
+        unet.to(memory_format=torch.channels_last)
+        state = trained_state(run, "adamw")
+        assert not unet.conv_in.weight.is_contiguous()
+        kept = save(tmp_path, FULL, snapshot(state, run.modules), run.modules, {"kappa": None})
+        run.parts.with_weights({"unet": unet.state_dict()}).save_pipeline(tmp_path / "final")
+        assert torch.equal(StableDiffusionPipeline.from_pretrained(tmp_path / "final").unet.conv_in.weight, unet.conv_in.weight)  # fmt: skip
+        once, other = weights(updated(state, 2)), trained_state(run, "adamw", steps=1)
+        restore(kept, other, run.modules)
+        assert all(other.optimizer.state[p]["exp_avg"].stride() == p.stride() for p in other.parameters)
+        assert all(map(torch.equal, weights(updated(other, 2)).values(), once.values()))
+    finally:
+        unet.to(memory_format=torch.contiguous_format)
 
 
 def test_the_loss_scale_of_fp16_comes_back(run, tmp_path):

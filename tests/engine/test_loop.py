@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sdclr.engine.loop import TrainState, optimizer_steps
+from sdclr.engine.loop import TrainState, gradients_of, optimizer_steps
 from sdclr.errors import DivergenceError
 
 X = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
@@ -50,7 +50,9 @@ def sgd(line: Line) -> torch.optim.SGD:
 
 
 def steps_of(state, batches, loss_fn, lr_at, until, max_grad_norm=None):
-    return list(optimizer_steps(state, batches, loss_fn, lr_at, until, Accelerator(cpu=True), max_grad_norm))
+    accelerator = Accelerator(cpu=True)
+    add_gradients = gradients_of(loss_fn, accelerator)
+    return list(optimizer_steps(state, batches, add_gradients, lr_at, until, accelerator, max_grad_norm))
 
 
 def gradients_at_update(optimizer: torch.optim.Optimizer) -> list[list[torch.Tensor]]:

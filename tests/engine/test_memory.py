@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -62,6 +64,23 @@ def test_gradient_checkpointing_bf16_and_less_to_train_need_less(config):
     assert needs_of(config(), "model.train=[unet, text_encoder]", only=64).at(64) > plain.at(64)
     assert needs_of(config(), "optimizer.name=sgd", only=1).parts["optimizer"] * 2 == plain.parts["optimizer"]
     assert needs_of(config(), held_out=0, only=1).parts["copy"] == 0
+
+
+def test_an_update_in_the_backward_needs_no_gradients_and_eight_bits_a_quarter_of_adamws(config, run):
+    plain, small = needs_of(config(), only=1), needs_of(config(), "optimizer.name=adamw8bit", only=1)
+    assert plain.parts["optimizer"] / 4 < small.parts["optimizer"] < plain.parts["optimizer"]
+    settings = ("optimizer.max_grad_norm=null", "optimizer.fused_backward=true")
+    fused = needs_of(config(), *settings, only=1)
+    gradients = sum(p.numel() * 4 for p in run.modules["unet"].parameters())
+    assert plain.training.fixed[-1] >= gradients > 10 * fused.training.fixed[-1]  # what the backward leaves behind
+    assert needs_of(config(), *settings).at(1) == pytest.approx(fused.at(1), rel=0.05)
+
+
+def test_what_is_recorded_keeps_its_memory_beside_that_of_validation(config):
+    needs = needs_of(config(), only=4)
+    recorded = dataclasses.replace(needs, kept=0.0, recorded=True)
+    assert needs.validation
+    assert recorded.working(4) == needs.training.peak(4) + needs.validation.peak(8)
 
 
 def test_the_largest_batch_is_the_last_that_fits(config):

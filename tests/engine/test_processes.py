@@ -276,8 +276,8 @@ def test_each_process_holds_its_share_of_weights_gradients_and_optimizer(write, 
         loaded = source.load(path)
         run = Run(loaded.config, read_inputs(loaded, together.rank, together.count))
         state = run.fresh_state()
-        next(optimizer_steps(state, run.inputs.batches, run.loss, lambda step: 1e-3, 2, run.accelerator))
-        run.loss(run.inputs.batches(1)[0]).backward()
+        next(optimizer_steps(state, run.batches, run.add_gradients, lambda step: 1e-3, 2, run.accelerator))
+        run.loss(run.batches(1)[0]).backward()
         held = [p.to_local().numel() for p in state.parameters]
         assert [p.grad.to_local().numel() for p in state.parameters] == held
         assert [s["exp_avg"].to_local().numel() for s in state.optimizer.state.values()] == held
@@ -408,9 +408,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step_and_is_saved(
         in_rank_1_at(2, lambda: os.kill(os.getpid(), signal.SIGTERM), patch)
         ended = train(2, path)
     assert ended.codes == (143, 143)
-    assert said_once(ended, "stopped after step 3 of 8, which is saved")
+    assert said_once(ended, "stopped after step 2 of 8, which is saved")
     run = tmp_path / "runs" / "tiny"
-    assert [c.step for c in available(run / "checkpoints", ("step",))] == [3]
+    assert [c.step for c in available(run / "checkpoints", ("step",))] == [2]
     assert train(1, path, "--resume").codes == (0,)
     assert difference(finished["alone"][0], run) < 1e-5
 

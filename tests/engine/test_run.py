@@ -40,7 +40,7 @@ def gradients(run: Run, batches: list[list[Sample]]) -> list[torch.Tensor]:
     for p in parameters:
         p.grad = None
     for batch in batches:
-        (run.loss(batch) / len(batches)).backward()
+        (run.loss(run.prepare(batch)) / len(batches)).backward()
     return [p.grad.clone() for p in parameters]
 
 
@@ -72,7 +72,7 @@ def test_a_fresh_state_has_the_files_weights_and_an_empty_optimizer_whatever_was
     from safetensors.torch import load_file
 
     state = run.fresh_state()
-    run.loss(SAMPLES).backward()
+    run.loss(run.prepare(SAMPLES)).backward()
     state.optimizer.step()
     state.optimizer.zero_grad()
     stored = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
@@ -85,10 +85,13 @@ def test_a_fresh_state_has_the_files_weights_and_an_empty_optimizer_whatever_was
 
 def test_a_loss_is_a_function_of_its_samples_and_not_of_what_ran_before(run):
     run.fresh_state()
-    first = run.loss(SAMPLES).item()
-    run.loss(SAMPLES[1:]), run.losses(run.held_out, run.draws(run.held_out)), torch.rand(7)
-    assert run.loss(SAMPLES).item() == first
-    assert run.loss([SAMPLES[0]]).item() != run.loss([Sample(9, SAMPLES[0].index, 0, False)]).item()
+    first = run.loss(run.prepare(SAMPLES)).item()
+    run.loss(run.prepare(SAMPLES[1:])), run.losses(run.held_out, run.draws(run.held_out)), torch.rand(7)
+    assert run.loss(run.prepare(SAMPLES)).item() == first
+    assert (
+        run.loss(run.prepare([SAMPLES[0]])).item()
+        != run.loss(run.prepare([Sample(9, SAMPLES[0].index, 0, False)])).item()
+    )
 
 
 @pytest.mark.parametrize("which", ["run", "both"])
@@ -131,7 +134,7 @@ def test_the_training_loss_is_the_mean_of_diffusers_own_calls_sample_by_sample(r
             noisy = run.parts.noise_scheduler.add_noise(latents, noise, t)
             prediction = run.parts.unet(noisy, t, encoder_hidden_states=context).sample
             expected.append(torch.nn.functional.mse_loss(prediction, noise).item())
-        assert run.loss(SAMPLES).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+        assert run.loss(run.prepare(SAMPLES)).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
 
 
 def test_min_snr_and_noise_offset_enter_the_training_loss_and_leave_validation_alone(both, run):
@@ -145,7 +148,7 @@ def test_min_snr_and_noise_offset_enter_the_training_loss_and_leave_validation_a
             prediction = both.parts.unet(noisy, t, encoder_hidden_states=both.parts.text_encoder(tokens)[0]).sample
             weight = min_snr_weights(both.parts.noise_scheduler, t, 5).item()
             expected.append(weight * torch.nn.functional.mse_loss(prediction, noise).item())
-        assert both.loss(SAMPLES).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
+        assert both.loss(both.prepare(SAMPLES)).item() == pytest.approx(sum(expected) / 4, rel=1e-5)
     plain = run.losses(run.held_out, run.draws(run.held_out))
     assert both.losses(both.held_out, both.draws(both.held_out)) == pytest.approx(plain, rel=1e-6)
 
@@ -248,7 +251,9 @@ def test_bf16_on_the_cpu_trains_a_step_on_fp32_weights(config):
         seen = []
         run.parts.unet.conv_in.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
         before = {name: tensor.clone() for name, tensor in run.modules["unet"].state_dict().items()}
-        (result,) = optimizer_steps(state, lambda s: [SAMPLES], run.loss, lambda s: 1e-3, 1, run.accelerator, 1.0)
+        (result,) = optimizer_steps(
+            state, lambda s: [run.prepare(SAMPLES)], run.add_gradients, lambda s: 1e-3, 1, run.accelerator, 1.0
+        )
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
         Accelerator(mixed_precision="no")  # the state that the other tests' accelerators share
