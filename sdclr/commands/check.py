@@ -27,6 +27,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
         ):
             raise
         missing = problem
+        read_inputs(loaded, measuring=True)  # what is missing can be measured
     say_memory(loaded.config, inputs)
     if not need_plan:
         _check_pictures_and_model(loaded, inputs)

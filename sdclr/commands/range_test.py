@@ -27,7 +27,7 @@ from sdclr.engine import processes
 from sdclr.engine.fit import say_memory, settle_batch
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
-from sdclr.errors import ConfigError, Inconclusive, InputError
+from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.paired import half_width
@@ -69,11 +69,9 @@ def range_test(
         raise InputError(f"--legacy must be linear or exponential; got {legacy!r}")
     loaded = settle_batch(source.load(config_path, overrides))
     config = loaded.config
-    if config.validation.fraction == 0:
-        why = "is 0, and a range test measures held-out images; set 0.2 for the test (train may use 0)"
-        raise ConfigError([loaded.problem("validation.fraction", why)])
     together = processes.join()
-    inputs = read_inputs(loaded, together.rank, together.count)
+    inputs = read_inputs(loaded, together.rank, together.count, measuring=True)
+    trained = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(config.folder)
     with together.held_by_main(folder.locked("range-test")):
         from sdclr.engine.pool import make_pool
@@ -91,7 +89,7 @@ def range_test(
             if legacy:
                 return console.result(_legacy(bench, legacy, stop, config_path))
             findings = measure(bench, config.range_test)
-        result = as_result(findings, bench, config, inputs)
+        result = as_result(findings, bench, config, trained)
         together.on_main(lambda: _write(folder, bench, result, config))
     _print(result, as_json, folder)
     if at_length:
@@ -323,7 +321,7 @@ def _bounds(found: Findings, settings: RangeTestSection) -> Bounds:
 
 
 def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """result.json: the analysis of whatever was measured."""
+    """result.json: the analysis of whatever was measured. `inputs` are training's, for which a run is recommended."""
     settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
     if found.longest is not None and len(found.longest.exposure):

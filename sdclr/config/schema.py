@@ -225,6 +225,10 @@ class RangeTestSection(Section):
     lr: tuple[Rate, Rate] | None = Field(
         None, description="[lowest, highest] rate to try, instead of the screen's choice"
     )
+    fraction: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
+        "auto",
+        description="share of images held out in the range test, whatever training holds out; auto: two fifths, less where folds or a batch need the room",
+    )
     folds: Annotated[int, Field(ge=1, le=100)] = Field(
         1,
         description="splits to measure on, each holding out other images: a narrower interval for as many times the work",

@@ -76,7 +76,8 @@ def make_pool(run: Run, loaded: LoadedConfig, folder: Path, *options: Any) -> Po
     settings = loaded.config.range_test
 
     def row(fold: int) -> Iterator[Bench]:
-        split = run.on(read_inputs(loaded, run.processes.rank, run.processes.count, fold)) if fold else run
+        ours = (run.processes.rank, run.processes.count)
+        split = run.on(read_inputs(loaded, *ours, fold, measuring=True)) if fold else run
         for number in range(settings.seeds):
             seed = derive(loaded.config.run.seed, "range-test", number) if number else loaded.config.run.seed
             batches = dataclasses.replace(split.inputs.batches, seed=seed)

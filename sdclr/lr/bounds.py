@@ -206,7 +206,7 @@ def find_ceiling(
             Reason(
                 "wide_bracket",
                 f"the ceiling lies between {low:.3g} and {top:.3g}, more than a factor of ten; {undecided} rate(s) between could not be decided",
-                "hold out more images (validation.fraction), or more arms: range_test.arms_per_decade",
+                "hold out more images (range_test.fraction), or more arms: range_test.arms_per_decade",
             )
         )
     if value < SLOW * reference_lr:
@@ -258,7 +258,7 @@ def _around(wanted: np.ndarray, i: int, least: int = 2) -> tuple[int, int]:
 def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
     if gain.low > 0:
         return []
-    more = "hold out more images (validation.fraction), or measure more finely: validation.timesteps_per_image"
+    more = "hold out more images (range_test.fraction), or measure more finely: validation.timesteps_per_image"
     if gain.mean > 0 and gain.agreement < 0.75:
         text = f"only {gain.agreement:.0%} of the {gain.images} held-out images gain from training at all"
         return [Reason("no_gain", text, f"check that captions describe the pictures; {more}")]

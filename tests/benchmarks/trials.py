@@ -20,7 +20,7 @@ from stage import Judge, Place, log_points
 import sdclr
 from sdclr.commands.range_test import as_result, measure
 from sdclr.config.schema import RangeTestSection, RunConfig, ValidationSection
-from sdclr.engine.plan import Inputs, make_schedule
+from sdclr.engine.plan import Inputs, make_schedule, read_inputs
 from sdclr.engine.pool import Pool, make_pool
 from sdclr.engine.run import Run
 from sdclr.report import console
@@ -85,8 +85,7 @@ def bench_of(
 ) -> tuple[Pool, RunConfig, Inputs]:
     """What a range test of the case asks for its arms; those that have been finished under this name are there already."""
     loaded, inputs = place.load(seed, settings)
-    inputs = inputs_of(inputs)
-    run = Run(loaded.config, inputs)
+    run = Run(loaded.config, inputs_of(read_inputs(loaded, measuring=True)))
     assert run.held_out is not None
     prepare(run)
     folder = place.folder / "arms" / f"{name}-{method()}"

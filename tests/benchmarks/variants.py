@@ -10,22 +10,26 @@ from typing import Any
 import trials
 from stage import Place
 
+ONE_FIFTH = "range_test.fraction=0.2"
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "nothing": (),
-    "twice the arms": ("range_test.arms_per_decade=8",),
-    "arms twice as long": ("range_test.test_exposure=1",),
-    "two fifths held out": ("validation.fraction=0.4",),
-    "four times the draws": ("validation.timesteps_per_image=64",),
-    "two training seeds": ("range_test.seeds=2",),
-    "three splits": ("range_test.folds=3",),
+    "nothing": (ONE_FIFTH,),
+    "twice the arms": (ONE_FIFTH, "range_test.arms_per_decade=8"),
+    "arms twice as long": (ONE_FIFTH, "range_test.test_exposure=1"),
+    "two fifths held out": (),
+    "four times the draws": (ONE_FIFTH, "validation.timesteps_per_image=64"),
+    "two training seeds": (ONE_FIFTH, "range_test.seeds=2"),
+    "three splits": (ONE_FIFTH, "range_test.folds=3"),
 }
+"""All start from what was the default before this table showed that two fifths are better."""
 
 
 def run(name: str, place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
     """One changed test against the truth, and by how many decades its ceiling lies from that of the unchanged one."""
     changed = VARIANTS[name]
-    plain = trials.range_test(place, seed, f"test-{seed}")
-    result = trials.range_test(place, seed, f"variant-{name.replace(' ', '-')}-{seed}", changed) if changed else plain
+    plain, result = (
+        trials.range_test(place, seed, f"variant-{each.replace(' ', '-')}-{seed}", VARIANTS[each])
+        for each in ("nothing", name)
+    )
     loaded, inputs = place.load(seed, changed)
     record = {"variant": name, **trials.against(truth, result, loaded.config, inputs)}
     if result["verdict"] == plain["verdict"] == "conclusive":

@@ -128,7 +128,7 @@ def test_the_result_has_every_documented_field(tested):
     for arm in result["arms"]:
         assert arm.keys() >= {"lr", "steps", "ragged", "verdict", "per_image"}
         assert arm["verdict"] in ("admissible", "inadmissible", "undetermined")
-        assert len(arm["per_image"]) in (0, 3)
+        assert len(arm["per_image"]) in (0, 4)  # two fifths of ten
     assert result["cost"].keys() == {"train_steps", "validation_forwards", "seconds"}
 
 
@@ -281,14 +281,19 @@ def test_an_unknown_legacy_ramp_is_an_input_error(config):
         range_test(config(), legacy="quadratic")
 
 
-def test_without_held_out_images_it_is_refused_at_the_configs_line(config):
-    with pytest.raises(ConfigError, match=r"run\.yaml:\d+:\d+: validation\.fraction is 0"):
-        range_test(config("validation: {fraction: 0}"))
+def test_what_is_held_out_is_the_range_tests_own_affair(config):
+    path = config(SHORT.replace("fraction: 0.3", "fraction: 0"))
+    run(path)
+    assert result_of(path)["gain"]["images"] == 4
+    run(path, "range_test.fraction=0.3")
+    assert result_of(path)["gain"]["images"] == 3
+    with pytest.raises(ConfigError, match=r"range_test\.fraction of 10 images is none; raise it"):
+        range_test(path, ["range_test.fraction=0.01"])
 
 
 def test_splits_with_several_held_out_images_each_are_measured_as_one(config):
     path = config(SHORT)
     run(path, "range_test.folds=2")
     found = result_of(path)
-    assert found["gain"]["images"] == 6
-    assert all(len(arm["per_image"]) == 6 for arm in found["arms"] if arm["excess"] is not None)
+    assert found["gain"]["images"] == 8
+    assert all(len(arm["per_image"]) == 8 for arm in found["arms"] if arm["excess"] is not None)

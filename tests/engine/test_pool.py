@@ -24,13 +24,13 @@ def loaded(tmp_path_factory, model, pictures) -> Any:
     from tiny import write_config
 
     folder = tmp_path_factory.mktemp("pool")
-    extra = "range_test: {folds: 3, seeds: 2}\nvalidation: {fraction: 0.2, timesteps_per_image: 2}"
+    extra = "range_test: {fraction: 0.2, folds: 3, seeds: 2}\nvalidation: {timesteps_per_image: 2}"
     return source.load(write_config(folder / "run.yaml", model, pictures, folder / "runs", extra))
 
 
 @pytest.fixture(scope="module")
 def pool(loaded, tmp_path_factory) -> Pool:
-    return make_pool(Run(loaded.config, read_inputs(loaded)), loaded, tmp_path_factory.mktemp("arms"))
+    return make_pool(Run(loaded.config, read_inputs(loaded, measuring=True)), loaded, tmp_path_factory.mktemp("arms"))
 
 
 def arm_of(bench: Any) -> Measured:
@@ -42,7 +42,9 @@ def test_every_split_holds_out_other_images(pool, loaded):
     held = [row[0].held_out.pairs for row in pool.benches]
     keys = [pair.key for pairs in held for pair in pairs]
     assert len(held) == 3 and len(keys) == len(set(keys)) == 6
-    assert [row[0].run.inputs.split for row in pool.benches] == [read_inputs(loaded, fold=f).split for f in range(3)]
+    assert [row[0].run.inputs.split for row in pool.benches] == [
+        read_inputs(loaded, fold=f, measuring=True).split for f in range(3)
+    ]
 
 
 def test_each_split_and_seed_gives_what_a_run_of_its_own_gives(pool, loaded, tmp_path):
@@ -89,5 +91,18 @@ def test_more_splits_than_images_can_be_held_out_are_refused(loaded):
     with pytest.raises(
         ConfigError, match=r"range_test\.folds is 6: 2 of 10 images .* leave 5 splits that do not overlap"
     ):
-        read_inputs(source.load(Path(loaded.source), ["range_test.folds=6"]))
-    assert read_inputs(source.load(Path(loaded.source), ["range_test.folds=5"]))
+        read_inputs(source.load(Path(loaded.source), ["range_test.folds=6"]), measuring=True)
+    assert read_inputs(source.load(Path(loaded.source), ["range_test.folds=5"]), measuring=True)
+
+
+def test_a_range_test_holds_out_two_fifths_or_what_splits_and_a_batch_leave(loaded):
+    def held(*overrides: str) -> int:
+        return len(read_inputs(source.load(Path(loaded.source), overrides), measuring=True).split.validation)
+
+    auto = ("range_test.fraction=auto", "range_test.folds=1")
+    assert held(*auto) == 4
+    assert held(*auto, "validation.fraction=0.5") == 5
+    assert held(*auto, "validation.fraction=0") == 4
+    assert held(*auto, "batch.size=7") == 3
+    assert held("range_test.fraction=auto", "range_test.folds=4") == 2
+    assert held(*auto[1:], "range_test.fraction=0.1") == 1
