@@ -82,6 +82,7 @@ def range_test(
         together.on_main(lambda: write_text(folder.range_test / "config.yaml", source.dump(config)))
         say_memory(config, inputs, keeps_base=True)
         run = Run(config, inputs)
+        run.compile_for()
         minutes = max_minutes or config.range_test.max_minutes
         deadline = time.monotonic() + 60 * minutes if minutes else None
         with StopRequest() as stop, console.progress("range test", total=None) as bar:

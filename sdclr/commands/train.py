@@ -103,7 +103,7 @@ class Session:
         from sdclr.engine.signals import StopRequest
 
         plan, config = self.plan, self.config
-        self.run.compile_if_it_pays(plan.steps - (start.step if start else 0))
+        self.run.compile_for(plan.steps)
         self._restore(start) if start else self._begin()
         stopped_early = self._should_stop_early()  # by the run that is being resumed
         steps = optimizer_steps(

@@ -70,7 +70,7 @@ class ModelSection(Section):
     gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
-        description="auto: on an NVIDIA GPU the step is a CUDA graph, and torch.compile where the run is long enough to earn it; on: torch.compile; off: neither",
+        description="auto: on an NVIDIA GPU the step is a CUDA graph (not in fp16, with fused_backward or in several processes), and torch.compile in a run that is long enough to earn it; on: torch.compile; off: neither",
     )
 
     @field_validator("base", "config")
@@ -227,7 +227,7 @@ class RangeTestSection(Section):
     )
     fraction: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto",
-        description="share of images held out in the range test, whatever training holds out; auto: two fifths, less where folds or a batch need the room",
+        description="share of images held out in the range test; auto: two fifths, or validation.fraction if that is more, less where folds or a batch need the room",
     )
     folds: Annotated[int, Field(ge=1, le=100)] = Field(
         1,

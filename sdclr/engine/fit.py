@@ -12,7 +12,7 @@ from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
 from sdclr.engine import processes
 from sdclr.engine.folder import RunFolder
-from sdclr.engine.plan import Inputs
+from sdclr.engine.plan import Inputs, held_out_share
 from sdclr.errors import ConfigError, InputError, SdclrError
 from sdclr.report import console
 
@@ -68,8 +68,10 @@ def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> N
     ways = [f"batch.size: {smaller}"] if smaller else []
     if not config.model.gradient_checkpointing:
         ways.append("model.gradient_checkpointing: true")
-    if config.optimizer.name == "adamw":
+    if config.optimizer.name == "adamw" and not in_shares:
         ways.append("optimizer.name: adamw8bit")
+    if needs.recorded:
+        ways.append("model.compile: off")
     console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
 
 
@@ -79,24 +81,33 @@ def out_of_memory(problem: BaseException) -> SdclrError | None:
         return None
     return SdclrError(
         f"the GPU's memory is full: {str(problem).partition('. ')[0]}",
-        hint="lower batch.size and raise batch.accumulate, or set model.gradient_checkpointing: true, optimizer.name: adamw8bit; "
-        "sdclr check says what a run needs; what was saved can be gone on with: --resume",
+        hint="set model.gradient_checkpointing: true or model.compile: off (a run can be resumed with these), or start anew with a lower "
+        "batch.size and a higher batch.accumulate, or with optimizer.name: adamw8bit; sdclr check says what a run needs",
     )
 
 
 def _largest(loaded: LoadedConfig) -> tuple[int, str]:
     config = loaded.config
-    found = pairs.split(pairs.find(config.data.images, config.data.caption), config.validation.fraction, config.run.seed)  # fmt: skip
-    images = len(found.train)
-    # The range test keeps a copy of the untouched weights; so that both commands settle on the same number, train reckons with it too.
-    needs, free, where = _needs(with_size(config, 1), images, len(found.validation), keeps_base=True)
+    every = pairs.find(config.data.images, config.data.caption)
+    found = pairs.split(every, config.validation.fraction, config.run.seed)
+    measured = len(every) - round(held_out_share(config, len(every)) * len(every))
+    images = min(len(found.train), measured)
+    # The range test trains on fewer images, and keeps a copy of the untouched weights; so that both commands settle on the same number,
+    # train reckons with that too.
+    needs, free, where = _needs(with_size(config, 1), images, len(every) - images, keeps_base=True)
     size = needs.largest(int(SHARE * free), max(1, images))
     if not size:
         raise ConfigError(
             [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, {_shown(free)} are free {where}")],
             hint="set model.gradient_checkpointing: true, or a smaller data.resolution",
         )  # fmt: skip
-    limit = "all there are to train on" if size == images else f"{SHARE:.0%} of {_shown(free)} free {where}"
+    limit = (
+        "all that the range test trains on"
+        if size == images < len(found.train)
+        else "all there are to train on"
+        if size == images
+        else f"{SHARE:.0%} of {_shown(free)} free {where}"
+    )
     return size, limit
 
 
@@ -113,7 +124,8 @@ def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
 
 def _matters(config: RunConfig) -> tuple[object, ...]:
     """What a batch's memory depends on."""
-    return config.model, config.data, config.optimizer.name, config.validation.fraction
+    optimizer = config.optimizer
+    return config.model, config.data, optimizer.name, optimizer.fused_backward, config.validation.fraction
 
 
 def _snapshot(path: Path) -> RunConfig | None:

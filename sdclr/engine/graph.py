@@ -15,6 +15,7 @@ import torch
 from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.engine.loop import AddGradients
+from sdclr.model.components import first_line
 from sdclr.report import console
 
 WARM_UP = 3
@@ -38,7 +39,8 @@ class Graph:
     def __init__(self, add_gradients: AddGradients, parameters: Sequence[torch.nn.Parameter]):
         self.add_gradients, self.parameters = add_gradients, parameters
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.refused = False
+        self.refused = self.adds = False
+        self.loss = torch.zeros(())
         self.inputs: Any = ()
         self.grads: list[torch.Tensor | None] = []
 
@@ -71,15 +73,21 @@ class Graph:
         return start.elapsed_time(end) / 1000 / repeats
 
     def _try_to_record(self, inputs: Any, count: int) -> None:
+        """Record, or be told once why not; what is wrong with the step itself shows when its kernels are started one by one."""
+        stream, problem = torch.cuda.current_stream(), ""
         try:
             self._record(inputs, count)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # memory is full, or something in the step waits for the GPU
+            problem = first_line(error)
+        if problem:
+            torch.cuda.set_stream(stream)
             self.graph, self.refused, self.inputs, self.grads = None, True, (), []
             self._forget_gradients()
             gc.collect()
             torch.cuda.empty_cache()
             console.warn(
-                "not enough memory on the GPU to record the step as a CUDA graph: its kernels are started one by one, which is slower"
+                f"the step cannot be recorded as a CUDA graph: {problem}\n"
+                "  its kernels are started one by one, which is slower (model.compile: off does not try)"
             )
 
     def _record(self, inputs: Any, count: int) -> None:

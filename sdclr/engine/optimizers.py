@@ -69,8 +69,8 @@ class InBackward:
         self.optimizer = optimizer
         self._squares: list[torch.Tensor] = []
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._updater(group))
-            for group in optimizer.param_groups
+            parameter.register_post_accumulate_grad_hook(self._updater(number))
+            for number, group in enumerate(optimizer.param_groups)
             for parameter in group["params"]
         ]
 
@@ -84,12 +84,14 @@ class InBackward:
         for hook in self._hooks:
             hook.remove()
 
-    def _updater(self, group: dict[str, Any]) -> Any:
+    def _updater(self, number: int) -> Any:
+        """For a parameter of the group with that number: a group itself is another once a state has been loaded."""
+
         def update(parameter: torch.nn.Parameter) -> None:
             assert parameter.grad is not None
             self._squares.append(parameter.grad.detach().float().square().sum())
             every = self.optimizer.param_groups
-            self.optimizer.param_groups = [{**group, "params": [parameter]}]
+            self.optimizer.param_groups = [{**every[number], "params": [parameter]}]
             try:
                 self.optimizer.step()
             finally:

@@ -1,6 +1,6 @@
 """What a run will do, from the config and the folder of images alone: no torch, no weights.
 
-`check` prints the plan, `train` follows it, `range-test` borrows its split and its sampling; so what is said before training is
+`check` prints the plan, `train` follows it, `range-test` borrows its way of splitting and sampling; so what is said before training is
 what is done.
 """
 

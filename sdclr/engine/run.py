@@ -38,7 +38,7 @@ from sdclr.seeding import generator
 CAPTIONS_TOGETHER = 4
 """Captions in one pass of the text encoder: twice as fast as one by one; more gain little."""
 EARNS_COMPILING = 20 * 60
-"""Seconds that a run must take to be compiled: on an H200 the compiling takes two minutes and saves a third of every step."""
+"""Seconds that a run must take to be compiled: on an H200 compiling takes two minutes and saves a quarter of every step."""
 PACK = 64
 """Entries that are encoded before they are written to the cache together."""
 
@@ -83,6 +83,8 @@ class Run:
         self.device = self.accelerator.device
         self.processes = Processes(self.accelerator.process_index, self.accelerator.num_processes)
         optimizers.refuse_what_cannot_run(config.optimizer, self.accelerator.mixed_precision, self.processes.count)
+        if config.model.compile == "on" and self.processes.count > 1:
+            raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
         encoder = self._encoder = _Encoder(config, self.parts, self.device)
@@ -108,45 +110,59 @@ class Run:
         if "text_encoder" not in self.modules:
             self.parts.text_encoder.to("cpu")
         self.denoiser: Callable[..., Any] = self.wrapped["unet"]
-        self._in_backward: InBackward | None = None
+        self._in_backward: list[InBackward] = []  # of the newest state, on whichever split: all train the same weights
         self.add_gradients = self._gradients()
-        if config.model.compile == "on":
-            self._compile()
 
-    def compile_if_it_pays(self, steps: int) -> None:
-        """With `compile: auto` on an NVIDIA GPU: compile the UNet where so many steps, as they are timed now, take long enough."""
-        if not isinstance(self.add_gradients, Graph) or self.config.model.compile != "auto":
-            return
-        count = self.config.batch.accumulate
-        seconds = self.add_gradients.seconds(self.batches(0)[0], count) * count * steps
-        if seconds > EARNS_COMPILING:
-            console.say(f"{steps} steps would take {seconds / 60:.0f} minutes: the UNet is compiled first (model.compile: off forgoes it)")  # fmt: skip
+    def compile_for(self, steps: int = 0) -> None:
+        """Before training: compile the UNet if that is asked for; with `compile: auto`, if it is trained as a recorded graph and so many
+        steps, as they are timed now, take long enough to earn it."""
+        asked = self.config.model.compile
+        if asked == "auto" and steps and isinstance(self.add_gradients, Graph):
+            count = self.config.batch.accumulate
+            seconds = self.add_gradients.seconds(self.batches(0)[0], count) * count * steps
+            if seconds > EARNS_COMPILING:
+                console.say(f"{steps} steps would take {seconds / 60:.0f} minutes: the UNet is compiled first (model.compile: off forgoes it)")  # fmt: skip
+                self._compile()
+        elif asked == "on":
             self._compile()
 
     def _compile(self) -> None:
         """The UNet through torch.compile, for training; raises InputError where it cannot be and was asked for by name.
 
-        Its weights lie channels last from here on, as convolutions want them on a GPU: a tenth of a compiled step.
+        Its weights then lie channels last, as convolutions want them on a GPU: a tenth of a compiled step. Not with 8-bit AdamW, which
+        puts weights elsewhere that do not lie in the usual order.
         """
-        if self.processes.count > 1:
-            raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
         eager, unet = self.denoiser, self.modules["unet"]
-        unet.to(memory_format=torch.channels_last)
-        self.denoiser = torch.compile(functools.partial(type(unet).forward, unet), dynamic=False)
-        self.add_gradients = self._gradients()
+        if self.config.optimizer.name != "adamw8bit":
+            unet.to(memory_format=torch.channels_last)
+        self._denoise_with(torch.compile(functools.partial(type(unet).forward, unet), dynamic=False))
+        problem = self._cannot_train()
+        if problem is None:
+            return
+        what = f"torch.compile cannot compile the UNet here: {problem}"
+        if self.config.model.compile == "on":
+            raise InputError(f"model.compile: {what}", hint="set model.compile: auto")
+        console.warn(f"{what}; it is trained as it is")
+        unet.to(memory_format=torch.contiguous_format)
+        self._denoise_with(eager)
+
+    def _denoise_with(self, denoiser: Callable[..., Any]) -> None:
+        self.denoiser, self.add_gradients = denoiser, self._gradients()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # of what an earlier recording held
+
+    def _cannot_train(self) -> str | None:
+        """Try a micro-batch; what went wrong, if anything did: no C compiler, no triton, an operator that is not known."""
         try:
             self.add_gradients(self.batches(0)[0], self.config.batch.accumulate)
-        except Exception as error:  # no C compiler, no triton, an operator it does not know: each is the user's to know
-            what = f"torch.compile cannot compile the UNet here: {str(error).splitlines()[0][:300]}"
-            if self.config.model.compile == "on":
-                raise InputError(f"model.compile: {what}", hint="set model.compile: auto") from error
-            console.warn(f"{what}; it is trained as it is")
-            self.denoiser = eager
-            self.add_gradients = self._gradients()
-        for module in self.modules.values():
-            module.zero_grad(set_to_none=True)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            return components.first_line(error)
+        finally:
+            for module in self.modules.values():
+                module.zero_grad(set_to_none=True)
+        return None
 
     def _gradients(self) -> AddGradients:
         """How a micro-batch's gradients come about: kernel by kernel, or as a recorded graph."""
@@ -188,11 +204,12 @@ class Run:
         self._untouched = False
         for name, weights in self._base.items():
             self.modules[name].load_state_dict(weights)
-        if self._in_backward:
-            self._in_backward.end()
+        while self._in_backward:
+            self._in_backward.pop().end()
         optimizer = self._new_optimizer()
-        self._in_backward = InBackward(optimizer) if self.config.optimizer.fused_backward else None
-        return TrainState(self.wrapped, optimizer, in_backward=self._in_backward)
+        if self.config.optimizer.fused_backward:
+            self._in_backward.append(InBackward(optimizer))
+        return TrainState(self.wrapped, optimizer, in_backward=next(iter(self._in_backward), None))
 
     def batches(self, step: int) -> list[Prepared]:
         """A step's micro-batches, on their way to the device."""

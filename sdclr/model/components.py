@@ -94,7 +94,7 @@ def load(config: ModelSection) -> Components:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise InputError(
-            f"model.base {config.base}: cannot be loaded: {_first_line(error)}", hint=_MODEL_HINT
+            f"model.base {config.base}: cannot be loaded: {first_line(error)}", hint=_MODEL_HINT
         ) from error
     for module in (parts.text_encoder, parts.vae, parts.unet):
         module.requires_grad_(False).eval()
@@ -116,7 +116,7 @@ def skeleton(config: ModelSection) -> Components:
             text = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder", **options)
             text_encoder = CLIPTextModel(text)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"model {base}: its configs cannot be read: {_first_line(error)}", hint=_MODEL_HINT) from error
+        raise InputError(f"model {base}: its configs cannot be read: {first_line(error)}", hint=_MODEL_HINT) from error
     for module in (unet, vae, text_encoder):
         module.requires_grad_(False).eval()
     nothing: Any = None
@@ -183,7 +183,7 @@ def set_attention(unet: UNet2DConditionModel, attention: str, device: torch.devi
     try:
         unet.enable_xformers_memory_efficient_attention()
     except Exception as error:  # missing, built for another torch, unsupported head size: each is the user's to know
-        raise InputError(f"model.attention: xformers cannot run here: {_first_line(error)}", hint) from error
+        raise InputError(f"model.attention: xformers cannot run here: {first_line(error)}", hint) from error
 
 
 def mixed_precision(precision: str, device: torch.device) -> str:
@@ -225,7 +225,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read: {_first_line(error)}") from error
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
 
 
 def tokenize(parts: Components, captions: list[str]) -> torch.Tensor:
@@ -348,7 +348,7 @@ def _json_problems(path: Path) -> list[str]:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
-        return [f"{path}: is not JSON ({_first_line(error)})"]
+        return [f"{path}: is not JSON ({first_line(error)})"]
     return [] if isinstance(value, dict) else [f"{path}: is not a JSON object"]
 
 
@@ -357,7 +357,7 @@ def _header_problems(path: Path) -> list[str]:
         with safe_open(path, framework="pt"):
             return []
     except (OSError, SafetensorError) as error:
-        return [f"{path}: is damaged or not safetensors ({_first_line(error)})"]
+        return [f"{path}: is damaged or not safetensors ({first_line(error)})"]
 
 
 def _check_shapes(base: str, parts: Components) -> None:
@@ -386,7 +386,8 @@ def _check_shapes(base: str, parts: Components) -> None:
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 

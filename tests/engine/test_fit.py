@@ -9,6 +9,7 @@ from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine import memory
 from sdclr.engine.fit import settle_batch
+from sdclr.engine.plan import read_inputs
 from sdclr.errors import ConfigError
 
 AUTO = "batch: {size: auto}"
@@ -21,7 +22,7 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 def needed(path, batch: int) -> int:
     import torch
 
-    return memory.count(source.load(path).config, 8, 2, torch.device("cpu"), keeps_base=True).at(batch)
+    return memory.count(source.load(path).config, 6, 4, torch.device("cpu"), keeps_base=True).at(batch)
 
 
 def size_of(path, resume: bool = False) -> object:
@@ -31,7 +32,8 @@ def size_of(path, resume: bool = False) -> object:
 def test_auto_is_as_many_as_fit_and_never_more_than_there_are(config, monkeypatch):
     path = config(AUTO)
     free(monkeypatch, 2**40)
-    assert size_of(path) == 8
+    assert size_of(path) == 6  # of ten, four are held out in a range test
+    assert len(read_inputs(settle_batch(source.load(path)), measuring=True).split.validation) == 4
     free(monkeypatch, int(needed(path, 3) / 0.9) + 100)
     assert size_of(path) in (3, 4)
     free(monkeypatch, 1000)
@@ -51,10 +53,10 @@ def test_a_resumed_run_keeps_its_number_though_memory_has_changed(config, monkey
     free(monkeypatch, 2**40)
     train(path)
     snapshot = source.load(path.parent / "runs" / "tiny" / "config.yaml").config
-    assert snapshot.batch.size == 8
-    assert "batch.size: auto is 8 (all there are to train on)" in capsys.readouterr().err
+    assert snapshot.batch.size == 6
+    assert "batch.size: auto is 6 (all that the range test trains on)" in capsys.readouterr().err
     free(monkeypatch, int(needed(path, 3) / 0.9))
-    assert size_of(path, resume=True) == 8
+    assert size_of(path, resume=True) == 6
 
 
 def test_train_takes_the_number_that_its_range_test_was_measured_with_unless_that_was_of_another_kind(
@@ -67,7 +69,7 @@ def test_train_takes_the_number_that_its_range_test_was_measured_with_unless_tha
     other = settled.model_copy(update={"batch": settled.batch.model_copy(update={"size": 5})})
     (folder / "config.yaml").write_text(source.dump(other))
     assert size_of(path) == 5
-    assert settle_batch(source.load(path, ["model.gradient_checkpointing=true"])).config.batch.size == 8
+    assert settle_batch(source.load(path, ["model.gradient_checkpointing=true"])).config.batch.size == 6
 
 
 def test_check_says_what_is_needed_and_warns_when_it_does_not_fit(config, monkeypatch, capsys):

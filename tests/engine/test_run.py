@@ -11,7 +11,7 @@ from sdclr.config import source
 from sdclr.data.batches import Sample
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
-from sdclr.errors import DataError
+from sdclr.errors import DataError, InputError
 from sdclr.model.objective import min_snr_weights
 from sdclr.seeding import generator
 
@@ -284,3 +284,37 @@ def test_a_run_that_keeps_no_base_gives_one_state_only(config):
     run.fresh_state()
     with pytest.raises(AssertionError, match="keep_base"):
         run.fresh_state()
+
+
+def steps_of(run: Run, steps: int = 3) -> list[torch.Tensor]:
+    from sdclr.engine.loop import optimizer_steps
+
+    state = run.fresh_state()
+    list(optimizer_steps(state, run.batches, run.add_gradients, lambda step: 1e-2 / (1 + step), steps, run.accelerator))
+    return [p.detach().clone() for p in state.parameters]
+
+
+def test_only_the_newest_states_weights_are_updated_in_the_backward_on_whichever_split(config):
+    fused = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=null")
+    run, plain = build(config(), *fused), build(config(), fused[1])
+    wanted, other = steps_of(plain), run.on(run.inputs)
+    for asked in (run, other, run):
+        assert all(map(torch.equal, steps_of(asked), wanted))
+
+
+def test_a_unet_that_cannot_be_compiled_is_refused_by_name_and_else_trained_as_it_is(config, monkeypatch):
+    def broken(*args, **kwargs):
+        def forward(*args, **kwargs):
+            raise RuntimeError("no compiler was found\nhere")
+
+        return forward
+
+    monkeypatch.setattr(torch, "compile", broken)
+    asked = build(config(), "model.compile=on")
+    with pytest.raises(
+        InputError, match=r"model\.compile: torch\.compile cannot compile the UNet here: no compiler was found$"
+    ):
+        asked.compile_for()
+    run, plain = build(config()), build(config())
+    run._compile()
+    assert all(map(torch.equal, steps_of(run), steps_of(plain)))
