@@ -236,15 +236,18 @@ def pack_optimizer(
     """An optimizer's per-parameter state as tensors named `index.name`, and its plain numbers; with fp16 also its loss scale's."""
     tensors: dict[str, torch.Tensor] = {}
     numbers: dict[str, float] = {}
+    seen: set[int] = set()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(
-        parameters
-    ):  # as state_dict numbers them; not that itself, which some optimizers nest
+    # As state_dict numbers them; not that itself, which some optimizers nest.
+    for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, torch.Tensor):
                 gathered = sharding.whole(value).detach()
                 if wanted:
-                    tensors[f"{index}.{name}"] = gathered.cpu().contiguous()
+                    kept = gathered.cpu().contiguous()
+                    # A file holds no tensor twice; 8-bit AdamW has one table for all parameters.
+                    tensors[f"{index}.{name}"] = kept.clone() if kept.data_ptr() in seen else kept
+                    seen.add(kept.data_ptr())
             elif value is not None:
                 numbers[f"{index}.{name}"] = value
     scaler = getattr(optimizer, "scaler", None)  # accelerate's, in fp16: its scale is found by trial over many steps
@@ -268,9 +271,8 @@ def unpack_optimizer(
         like = parameters[int(index)]
         if isinstance(value, torch.Tensor) and value.shape == like.shape:
             share = sharding.share_of(value, like)
-            value = torch.empty_like(like, dtype=value.dtype).copy_(
-                share
-            )  # a fused update wants it laid out as the weight is
+            # A fused update wants it laid out as the weight is.
+            value = torch.empty_like(like, dtype=value.dtype).copy_(share)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 

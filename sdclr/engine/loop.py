@@ -68,9 +68,8 @@ def optimizer_steps(
     while state.step < until:
         lr = lr_at(state.step)
         assign_lr(state.optimizer, lr)
-        state.optimizer.zero_grad(
-            set_to_none=True
-        )  # of a step that diverged, perhaps of another state of these weights
+        # Of a step that diverged, perhaps of another state of these weights:
+        state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=accelerator.device)
         for number, micro_batch in enumerate(micro_batches, 1):
             with _gradients_synced(accelerator, modules, number == len(micro_batches)):
@@ -133,9 +132,8 @@ def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerat
 
 
 def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:
-    scaled = (
-        accelerator.scaler is not None
-    )  # fp16: a gradient that overflows is skipped and the scale lowered, by design
+    # In fp16 a gradient that overflows is skipped and the scale lowered, by design.
+    scaled = accelerator.scaler is not None
     values = {"loss": loss} if scaled else {"loss": loss, "gradient norm": grad_norm}
     for name, value in values.items():
         if not torch.isfinite(torch.tensor(value)):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
 from typing import Any
 
 import torch
@@ -50,9 +49,6 @@ def new(c: OptimizerSection, groups: list[dict[str, Any]]) -> torch.optim.Optimi
 def _kind(name: str) -> Any:
     if name != "adamw8bit":
         return TORCHS[name]
-    logging.getLogger("bitsandbytes").setLevel(
-        logging.ERROR
-    )  # on the CPU it misses kernels that it does not need for this
     import bitsandbytes
 
     return bitsandbytes.optim.AdamW8bit  # Dettmers 2021, arXiv 2110.02861
