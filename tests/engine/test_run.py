@@ -9,6 +9,7 @@ import torch
 
 from sdclr.config import source
 from sdclr.data.batches import Sample
+from sdclr.engine.graph import Graph
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import DataError, InputError
@@ -318,3 +319,23 @@ def test_a_unet_that_cannot_be_compiled_is_refused_by_name_and_else_trained_as_i
     run, plain = build(config()), build(config())
     run._compile()
     assert all(map(torch.equal, steps_of(run), steps_of(plain)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "compiled"),
+    [((), 1100, False), ((), 1300, True), (("batch.accumulate=2",), 700, True), (("model.compile=off",), 9999, False)],
+)
+def test_a_run_is_compiled_where_its_steps_as_they_are_timed_take_twenty_minutes(
+    config, monkeypatch, settings, steps, compiled
+):
+    class OneSecond(Graph):
+        def seconds(self, inputs, count, repeats=5):
+            return 1.0
+
+    run, asked = build(config(), "batch.size=2", *settings), []
+    run.add_gradients = OneSecond(run.add_gradients, [])
+    monkeypatch.setattr(run, "_compile", lambda: asked.append(True))
+    run.compile_for(steps)
+    assert bool(asked) == compiled
+    run.compile_for()  # a range test's length is not known beforehand
+    assert len(asked) == compiled
