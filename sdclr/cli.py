@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import sys
@@ -253,7 +254,9 @@ def compare(
 def _begin(config: Path | None, overrides: list[str], quiet: bool) -> None:
     """What commands on a config share: quiet or not, and a bad config refused before anything heavy is imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it would warn of torchvision, which nothing here needs
+    # They would warn of torchvision and of kernels for 4-bit weights, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from sdclr.config import source
     from sdclr.report import console
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import logging
 import re
 import warnings
 from collections.abc import Iterable, Iterator
@@ -23,9 +22,6 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError, SdclrError
-
-# diffusers imports it where it is there, and on a CPU it misses kernels that are of no use here.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 WEIGHTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
