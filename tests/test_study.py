@@ -75,7 +75,7 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
         rates=(1.0,), rungs=(1, 2), truth=6, draws=2, prompts=2, pictures=2, sampler_steps=2,
     )  # fmt: skip
     arguments = ["--base", str(model), "--ceiling", "1e-3", "--best-exposure", "4e-3", "--workers", "1", "--build", str(tmp_path / "build"),
-                 "--results", str(tmp_path / "results"), "--set", "train.steps=40"]  # fmt: skip
+                 "--results", str(tmp_path / "results"), "--set", "train.steps=40", "--set", "train.kappa=1"]  # fmt: skip
     results = study.main(arguments, scale)
     record = json.loads((results / "study.json").read_text())
     assert len(record["schedules"]) == 2 * 4
@@ -95,7 +95,7 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
 
     monkeypatch.setattr(Bench, "_run", never)
     monkeypatch.setattr(study, "climb", never)
-    again = study.Study(scale, str(model), tmp_path / "build", 1e-3, 4e-3, ("train.steps=40",))
+    again = study.Study(scale, str(model), tmp_path / "build", 1e-3, 4e-3, ("train.steps=40", "train.kappa=1"))
     jobs = [job for part in ("schedules", "ladder", "replays") for job in study.PARTS[part].jobs(again)]
     rows = study.run_jobs(again, jobs, workers=1)
     assert rows == {part: record[part] for part in rows}
