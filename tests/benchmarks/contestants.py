@@ -310,9 +310,8 @@ def main() -> None:
     if args.device == "cuda":
         import torch
 
-        device_peak = (
-            torch.cuda.max_memory_reserved()
-        )  # what no other program can have; a CUDA graph's memory is not "allocated"
+        # What no other program can have; a CUDA graph's memory is not "allocated".
+        device_peak = torch.cuda.max_memory_reserved()
     say(peak=resident("VmHWM"), device_peak=device_peak)
 
 
