@@ -70,3 +70,8 @@ class Inconclusive(SdclrError):
     """The data cannot say; the reasons and their remedies have been reported."""
 
     exit_code = 3
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

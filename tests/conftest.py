@@ -48,6 +48,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Such a folder in the shape of SDXL."""
+    from tiny import make_xl
+
+    return make_xl(tmp_path_factory.mktemp("xl") / "tiny-xl")
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten captioned pictures."""
     from tiny import make_pictures

@@ -34,7 +34,9 @@ def test_one_adamw_step_of_sd_1_5_at_256_pixels_stays_below_20_gib_and_its_state
     context, timesteps = torch.randn(1, 77, 768, generator=g), torch.tensor([500])
 
     def loss_fn(batch: None) -> torch.Tensor:
-        return squared_error(*predict(unet, noise_scheduler, latents, noise, timesteps, context)).mean()
+        return squared_error(
+            *predict(unet, noise_scheduler, latents, noise, timesteps, {"encoder_hidden_states": context})
+        ).mean()
 
     before, started = unet.conv_in.weight.detach().clone(), time.monotonic()
     state = TrainState({"unet": unet}, optimizer)

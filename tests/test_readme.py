@@ -188,7 +188,7 @@ def test_the_gpu_table_is_the_last_run_of_the_bench():
         own, floor = found["seconds"][kind], found["seconds"]["floor"]
         rate = 16 / throughput.quartiles(own)[1]
         slower = "1" if kind == "floor" else "{1:.2f} ({0:.2f} to {2:.2f})".format(*throughput.ratio(own, floor))
-        share = throughput.FLOP_AN_IMAGE * rate / stored_[file]["machine"]["matmul"]
+        share = throughput.FLOP_AN_IMAGE["model-sd15"] * rate / stored_[file]["machine"]["matmul"]
         gib = found["memory"][kind]["device"] / 2**30
         assert f"| {row} | {rate:.0f} | {slower} | {share:.0%} | {gib:.1f} |".replace("%", " %") in README
     looks = stored_["throughput-cuda-compiled"]["validation"]

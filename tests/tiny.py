@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 SIDE = 32
 
@@ -17,36 +24,63 @@ SIDE = 32
 def make_model(folder: Path, prediction_type: str = "epsilon") -> Path:
     """Write a diffusers folder: 32-pixel pictures, 8×8 latents, a 16-wide text encoder with one token a byte."""
     torch.manual_seed(0)
+    tokenizer = make_tokenizer()
+    StableDiffusionPipeline(
+        text_encoder=CLIPTextModel(text_config(tokenizer)), tokenizer=tokenizer, vae=make_vae(), unet=make_unet(cross_attention_dim=16),
+        scheduler=make_scheduler(prediction_type), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
+    return folder
+
+
+def make_xl(folder: Path, zeros: bool = True) -> Path:
+    """Write a diffusers folder in the shape of SDXL: text encoders of 16 and 24 numbers a token, the second with 20 a caption."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer()
+    told = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 20 + 6 * 8}  # fmt: skip
+    second = text_config(tokenizer, hidden_size=24, num_hidden_layers=3, projection_dim=20, hidden_act="gelu")
+    StableDiffusionXLPipeline(
+        text_encoder=CLIPTextModel(text_config(tokenizer, num_hidden_layers=2)), tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(second), tokenizer_2=make_tokenizer(), vae=make_vae(),
+        unet=make_unet(cross_attention_dim=16 + 24, use_linear_projection=True, **told), scheduler=make_scheduler("epsilon"),
+        force_zeros_for_empty_prompt=zeros, add_watermarker=False,
+    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
+    return folder
+
+
+def make_tokenizer() -> CLIPTokenizer:
     letters = sorted(ByteLevel.alphabet())
-    vocab = {
-        token: i
-        for i, token in enumerate([*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"])
-    }
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16)
+    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=16)
+
+
+def text_config(tokenizer: CLIPTokenizer, **more: Any) -> CLIPTextConfig:
     end = tokenizer.eos_token_id
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=16, bos_token_id=tokenizer.bos_token_id, eos_token_id=end, pad_token_id=end,
-        )
-    )  # fmt: skip
-    vae = AutoencoderKL(
+    plain = {
+        "vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "max_position_embeddings": 16, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": end,
+    }  # fmt: skip
+    return CLIPTextConfig(**plain | more)
+
+
+def make_vae() -> AutoencoderKL:
+    return AutoencoderKL(
         block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=SIDE, scaling_factor=0.5,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
+
+
+def make_unet(**more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
         sample_size=8, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=2,
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4, attention_head_dim=2, **more,
     )  # fmt: skip
-    scheduler = DDIMScheduler(
+
+
+def make_scheduler(prediction_type: str) -> DDIMScheduler:
+    return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,
     )  # fmt: skip
-    StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(folder, safe_serialization=True)  # fmt: skip
-    return folder
 
 
 def make_pictures(folder: Path, count: int = 10, side: int = SIDE) -> Path:

@@ -98,10 +98,13 @@ class _Painter:
         self.accelerator = make_accelerator(config)
         self.parts = components.load(config.model)
         components.set_attention(self.parts.unet, config.model.attention, self.accelerator.device)
-        self.base = {  # of both: another run's checkpoints may hold what this config does not train
+        self.base = {  # of all that another folder may bring: another run's checkpoints may hold what this config does not train
             name: {k: v.clone() for k, v in m.state_dict().items()}
-            for name, m in self.parts.trainable(("unet", "text_encoder")).items()
+            for name, m in self.parts.networks.items()
+            if name != "vae"
         }
+        if self.parts.is_xl:
+            components.decode_in_fp32(self.parts.vae)
         self.pipeline = self.parts.pipeline().to(self.accelerator.device)
 
     def load(self, folder: Path | None) -> None:
@@ -150,7 +153,11 @@ def _column(path: Path, run_name: str | None) -> Column:
 
     if not (path / "unet").is_dir():
         what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
-        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=those_in(path.parent))
+        hint = (
+            those_in(path.parent)
+            or "sdclr train leaves them in runs/<name>/checkpoints/, and its models in final/ and best/"
+        )
+        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
     identity = model_fingerprint(str(path))
     if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})

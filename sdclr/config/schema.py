@@ -93,8 +93,9 @@ class ModelSection(Section):
             raise problem(f"has no effect here: only a single .safetensors file needs it, and base is {base!r}")
         if base and not config and base.endswith(".safetensors"):
             raise needed(
-                "model.config is needed with a single file: name a diffusers folder, or a hub id such as "
-                "stable-diffusion-v1-5/stable-diffusion-v1-5, to take the configs and the tokenizer from (small text files)",
+                "model.config is needed with a single file: name a diffusers folder of the same kind, or a hub id such as "
+                "stable-diffusion-v1-5/stable-diffusion-v1-5 or stabilityai/stable-diffusion-xl-base-1.0, to take the configs and "
+                "the tokenizer from (small text files)",
                 at="base",
             )
         return config

@@ -233,9 +233,10 @@ def _apply(override: str, values: dict[str, Any], marks: dict[Path_, str], found
         found.append(f"{place}: sets one key; give --set once for each")
         return
     section = values
-    for key in keys[:-1]:
+    for depth, key in enumerate(keys[:-1], 1):
         if section.get(key) is None:
             section[key] = {}
+            marks.setdefault(keys[:depth], place)
         section = section[key]
         if not isinstance(section, dict):
             found.append(f"{place}: {target} goes into {key}, which is a value and not a section")

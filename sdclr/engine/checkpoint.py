@@ -25,7 +25,8 @@ from sdclr.engine import sharding
 from sdclr.engine.folder import discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
 from sdclr.errors import CheckpointError, DivergenceError, StorageError
-from sdclr.model.components import WEIGHTS, read_weights
+from sdclr.model.checks import WEIGHTS
+from sdclr.model.components import read_weights
 from sdclr.report.metrics import SCHEMA
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"

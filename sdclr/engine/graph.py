@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.engine.loop import AddGradients
-from sdclr.model.components import first_line
+from sdclr.errors import first_line
 from sdclr.report import console
 
 WARM_UP = 3
@@ -31,7 +32,7 @@ def wanted(config: RunConfig, device: torch.device, precision: str) -> bool:
 
 class Graph:
     """`add_gradients`, recorded at its first call and replayed at every other; it must run the same kernels on the same shapes each time,
-    draw no random numbers and wait for nothing. A micro-batch is a named tuple of tensors.
+    draw no random numbers and wait for nothing. A micro-batch is a tree of tensors.
 
     The gradients of a replay lie where they were recorded, and become the parameters' own: until the next replay.
     """
@@ -50,8 +51,7 @@ class Graph:
             self._try_to_record(inputs, count)
         if self.graph is None:
             return self.add_gradients(inputs, count)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given, non_blocking=True)
+        tree_map(lambda own, given: own.copy_(given, non_blocking=True), self.inputs, inputs)
         fresh = all(parameter.grad is None for parameter in self.parameters)
         if self.adds and fresh:
             torch._foreach_zero_([grad for grad in self.grads if grad is not None])
@@ -91,7 +91,7 @@ class Graph:
             )
 
     def _record(self, inputs: Any, count: int) -> None:
-        self.inputs = type(inputs)(*(tensor.clone() for tensor in inputs))
+        self.inputs = tree_map(torch.clone, inputs)
         self.adds = count > 1
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves
 from sdclr.config.schema import RunConfig
 from sdclr.data.dataset import views
 from sdclr.engine import graph
-from sdclr.engine.run import pictures_together, validation_batch
+from sdclr.engine.encoding import pictures_together
+from sdclr.engine.run import validation_batch
 from sdclr.model import components
-from sdclr.model.objective import squared_error
+from sdclr.model.objective import denoise, squared_error
 
 GIB = 2**30
 KEPT, LIBRARIES = 0.55, 48 * 2**20
@@ -108,19 +109,19 @@ def count(
         validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
         encoding = work.encoding()
     parts, weights = work.parts, sum(map(_bytes, work.trained))
-    encoders = _bytes(parts.vae) + _bytes(parts.text_encoder) * ("text_encoder" not in config.model.train)
+    frozen = {name: _bytes(module) for name, module in parts.networks.items() if name not in config.model.train}
     lasting = {"weights": weights, "optimizer": _optimizer_bytes(config, work.trained)}
     if device.type == "cuda":
-        encoding += _bytes(parts.vae) + _bytes(parts.text_encoder)
+        encoding += sum(_bytes(module) for name, module in parts.networks.items() if name != "unet")
     else:  # the frozen parts, the copy of the best or untouched weights, and the data lie in the same memory
         copy = weights * ((config.checkpoint.best and held_out > 0) or keeps_base)
         lasting |= {
-            "encoders": encoders,
+            "encoders": sum(frozen.values()),
             "copy": copy,
             "data": work.data_bytes(images, held_out),
             "libraries": LIBRARIES,
         }
-        encoding += weights + encoders
+        encoding += weights + sum(frozen.values())
     kept, recorded = (KEPT if device.type == "cpu" else 0.0), graph.wanted(config, device, precision)
     return Needs(lasting, training, validation, draws, encoding, kept, recorded)
 
@@ -209,10 +210,12 @@ class _Work:
             self.parts = components.skeleton(config.model)
         components.prepare_for_training(self.parts, config.model, torch.device(where))
         self.trained = list(self.parts.trainable(config.model.train).values())
-        text, vae = self.parts.text_encoder.config, self.parts.vae.config
+        vae, unet = self.parts.vae.config, self.parts.unet.config
         side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)
         self.latent = (vae.latent_channels, side, side)
-        self.tokens, self.width = text.max_position_embeddings, text.hidden_size
+        self.tokens, self.width = self.parts.text_encoder.config.max_position_embeddings, unet.cross_attention_dim
+        second = self.parts.text_encoder_2
+        self.pooled = second.config.projection_dim if second is not None else 0
 
     def moments(self, grad: bool, only: int | None = None) -> Moments:
         """What lives, beyond the weights, at each moment of a forward, and with `grad` of its backward."""
@@ -231,22 +234,25 @@ class _Work:
         return max(ledger.moments)
 
     def data_bytes(self, images: int, held_out: int) -> int:
-        """Latents (mean and spread of every view) and contexts; as many training pictures as are held out are measured beside these."""
+        """Latents (mean and spread of every view) and encoded captions; as many training pictures as are held out are measured beside these."""
         data = self.config.data
         seen = images * len(views(data.crop, data.crops, data.flip)) + 2 * held_out
         captions = 0 if "text_encoder" in self.config.model.train else images + 2 * held_out
-        return 4 * (seen * 2 * math.prod(self.latent) + captions * self.tokens * self.width)
+        return 4 * (seen * 2 * math.prod(self.latent) + captions * (self.tokens * self.width + self.pooled))
 
     def _pass(self, batch: int, grad: bool) -> list[int]:
         with self._counted(grad) as ledger:
             latents = torch.empty(batch, *self.latent, device=self.where)
             timesteps = torch.empty(batch, dtype=torch.long, device=self.where)
-            context = torch.empty(batch, self.tokens, self.width, device=self.where)
+            told = {"encoder_hidden_states": torch.empty(batch, self.tokens, self.width, device=self.where)}
+            if self.pooled:
+                told["text_embeds"] = torch.empty(batch, self.pooled, device=self.where)
+                told["time_ids"] = torch.empty(batch, 6, dtype=torch.long, device=self.where)
             with self._autocast():
                 if "text_encoder" in self.config.model.train:
                     ids = torch.empty(batch, self.tokens, dtype=torch.long, device=self.where)
-                    context = self.parts.text_encoder(ids)[0]
-                prediction = self.parts.unet(latents, timesteps, encoder_hidden_states=context, return_dict=False)[0]
+                    told["encoder_hidden_states"] = self.parts.text_encoder(ids)[0]
+                prediction = denoise(self.parts.unet, latents, timesteps, told)
             loss = squared_error(prediction, latents).mean()
             if grad:
                 self._backward(loss)
@@ -269,7 +275,7 @@ class _Work:
     @contextlib.contextmanager
     def _counted(self, grad: bool) -> Iterator[_Ledger]:
         ledger = _Ledger()
-        for module in (self.parts.unet, self.parts.text_encoder, self.parts.vae):
+        for module in self.parts.networks.values():
             ledger.skip((*module.parameters(), *module.buffers()))
         with _fused_attention(), ledger, torch.set_grad_enabled(grad):
             yield ledger

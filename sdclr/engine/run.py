@@ -1,4 +1,4 @@
-"""Everything a run needs, built from its config: device, model, cached latents and captions, losses, optimizers.
+"""Everything a run needs, built from its config: device, model, encoded pictures and captions, losses, optimizers.
 
 The only module that knows all the parts. Commands ask it for a fresh state, a loss, a validation; none of these depends on
 another having been asked before.
@@ -7,62 +7,44 @@ another having been asked before.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Sample
-from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
-from sdclr.data.dataset import View, pixels, views
-from sdclr.data.pairs import Pair, printable
+from sdclr.data.dataset import View, views
 from sdclr.engine import graph, optimizers, sharding
+from sdclr.engine.encoding import Encoded, Encoder
 from sdclr.engine.graph import Graph
 from sdclr.engine.loop import AddGradients, TrainState, gradients_of
 from sdclr.engine.optimizers import InBackward
 from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
-from sdclr.errors import DataError, InputError
+from sdclr.errors import InputError, first_line
 from sdclr.model import components
 from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
 from sdclr.report import console
 from sdclr.seeding import generator
 
-CAPTIONS_TOGETHER = 4
-"""Captions in one pass of the text encoder: twice as fast as one by one; more gain little."""
 EARNS_COMPILING = 20 * 60
 """Seconds that a run must take to be compiled: on an H200 compiling takes two minutes and saves a quarter of every step."""
-PACK = 64
-"""Entries that are encoded before they are written to the cache together."""
-
-
-@dataclasses.dataclass
-class Encoded:
-    """Pictures and captions as the UNet sees them: latents' mean and spread (images, views, 4, h, w), token ids (images, tokens)
-    and, where the text encoder is frozen, its hidden states (images, tokens, width)."""
-
-    pairs: tuple[Pair, ...]
-    mean: torch.Tensor
-    std: torch.Tensor
-    tokens: torch.Tensor
-    context: torch.Tensor | None
 
 
 class Prepared(NamedTuple):
-    """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), and the captions'
-    hidden states (batch, tokens, width) or, where the text encoder is trained, their token ids (batch, tokens)."""
+    """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), and what the UNet is
+    told besides (see model.objective.denoise) or, where the text encoder is trained, the captions' `input_ids` (batch, tokens)."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
-    words: torch.Tensor
+    told: dict[str, torch.Tensor]
 
 
 class Run:
@@ -87,12 +69,8 @@ class Run:
             raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
-        encoder = self._encoder = _Encoder(config, self.parts, self.device)
+        self._encoder = Encoder(config, self.parts, self.device)
         self._encode()
-        with self.accelerator.main_process_first():
-            self.empty_context = None if encoder.trains_text else encoder.contexts([""])
-        self.empty_tokens = components.tokenize(self.parts, [""])
-        self.parts.vae.to("cpu")
         components.prepare_for_training(self.parts, config.model, self.device)
         self.modules = self.models = self.parts.trainable(config.model.train)
         if sharding.asked():
@@ -107,8 +85,6 @@ class Run:
         self._untouched = True
         self._first_scale = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else {}
         self.wrapped = self.modules if sharding.asked() else self._prepared()
-        if "text_encoder" not in self.modules:
-            self.parts.text_encoder.to("cpu")
         self.denoiser: Callable[..., Any] = self.wrapped["unet"]
         self._in_backward: list[InBackward] = []  # of the newest state, on whichever split: all train the same weights
         self.add_gradients = self._gradients()
@@ -158,7 +134,7 @@ class Run:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return components.first_line(error)
+            return first_line(error)
         finally:
             for module in self.modules.values():
                 module.zero_grad(set_to_none=True)
@@ -181,9 +157,6 @@ class Run:
         other.inputs = inputs
         if inputs.split != self.inputs.split:
             other._encode()
-            self.parts.vae.to("cpu")
-            if "text_encoder" not in self.modules:
-                self.parts.text_encoder.to("cpu")
         return other
 
     def _encode(self) -> None:
@@ -193,6 +166,8 @@ class Run:
             self.held_out = self._encoder.encode(held, [View()]) if held else None
             # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
             self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
+            self.no_caption = self._encoder.no_caption()
+        self.parts.put_away(self.config.model.train)
 
     # Training ---------------------------------------------------------------------------------------------------------------
 
@@ -230,11 +205,11 @@ class Run:
             noise = offset_noise(noise, shift, config.loss.noise_offset)
         latents = self.train.mean[index, view] + self.train.std[index, view] * spread
         dropped = torch.tensor([s.drop_caption for s in samples])
-        return Prepared(*map(self._sent, (latents, noise, timesteps, self._words(self.train, index, dropped))))
+        return tree_map(self._sent, Prepared(latents, noise, timesteps, self._told(self.train, index, view, dropped)))
 
     def loss(self, batch: Prepared) -> torch.Tensor:
         """Mean training loss of a micro-batch."""
-        per_sample = self._denoise(self.denoiser, *batch[:3], self._context(batch.words))
+        per_sample = self._errors(self.denoiser, *batch)
         gamma = self.config.loss.min_snr_gamma
         if gamma:
             per_sample = per_sample * min_snr_weights(self.parts.noise_scheduler, batch.timesteps, gamma)
@@ -259,9 +234,9 @@ class Run:
 
         def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             index = torch.tensor(images)
-            words = self._words(encoded, index, torch.zeros(len(images), dtype=torch.bool))
-            latents, noise, timesteps, words = map(self._sent, (encoded.mean[index, 0], noise, timesteps, words))
-            return self._denoise(self.modules["unet"], latents, noise, timesteps, self._context(words))
+            told = self._told(encoded, index, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool))
+            batch = tree_map(self._sent, Prepared(encoded.mean[index, 0], noise, timesteps, told))
+            return self._errors(self.modules["unet"], *batch)
 
         return evaluate(list(self.modules.values()), losses_of, draws, self.validation_batch, self.accelerator)
 
@@ -272,25 +247,29 @@ class Run:
 
     # Parts ------------------------------------------------------------------------------------------------------------------
 
-    def _denoise(self, unet: Callable[..., Any], latents, noise, timesteps, context) -> torch.Tensor:
+    def _errors(self, unet: Callable[..., Any], latents, noise, timesteps, told) -> torch.Tensor:
+        told = self._with_hidden_states(told)
         with self.accelerator.autocast():
-            prediction, target = predict(unet, self.parts.noise_scheduler, latents, noise, timesteps, context)
+            prediction, target = predict(unet, self.parts.noise_scheduler, latents, noise, timesteps, told)
         return squared_error(prediction, target)
 
-    def _words(self, encoded: Encoded, index: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-        """What is known of captions before training: the frozen encoder's hidden states, or the tokens of one that is trained."""
-        known, nothing = (
-            (encoded.tokens, self.empty_tokens) if encoded.context is None else (encoded.context, self.empty_context)
-        )
-        assert nothing is not None
-        return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, known[index])
+    def _told(
+        self, encoded: Encoded, index: torch.Tensor, view: torch.Tensor, dropped: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the UNet is told of some pictures, or the token ids for a text encoder that is trained."""
 
-    def _context(self, words: torch.Tensor) -> torch.Tensor:
-        if "text_encoder" not in self.modules:
-            return words
+        def unless_dropped(known: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
+            return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, known[index])
+
+        told = {name: unless_dropped(known, self.no_caption[name]) for name, known in encoded.captions.items()}
+        return told | {"time_ids": encoded.sizes[index, view]} if self.parts.is_xl else told
+
+    def _with_hidden_states(self, told: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "input_ids" not in told:
+            return told
         text_encoder = self.wrapped["text_encoder"] if torch.is_grad_enabled() else self.modules["text_encoder"]
         with self.accelerator.autocast():
-            return text_encoder(words)[0]
+            return {"encoder_hidden_states": text_encoder(told["input_ids"])[0]}
 
     def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
         """To the device, without waiting for what it is at work on."""
@@ -316,11 +295,6 @@ def validation_batch(size: int) -> int:
     return max(8, size)
 
 
-def pictures_together(resolution: int) -> int:
-    """Pictures in one pass of the VAE: small ones go faster in company, large ones do not."""
-    return max(1, min(8, 8 * 64**2 // resolution**2))
-
-
 def make_accelerator(config: RunConfig) -> Accelerator:
     """accelerate's device and processes, in the config's precision."""
     from accelerate.state import PartialState
@@ -338,100 +312,3 @@ def make_accelerator(config: RunConfig) -> Accelerator:
             hint="start it so: accelerate launch --multi_gpu --num_processes 2 -m sdclr ..., or with --use_fsdp --fsdp_version 2 instead of --multi_gpu",
         )
     return accelerator
-
-
-class _Encoder:
-    """Run the frozen encoders once for each picture, view and caption, through the cache on disk."""
-
-    def __init__(self, config: RunConfig, parts: components.Components, device: torch.device):
-        self.config, self.parts, self.device = config, parts, device
-        self.trains_text = "text_encoder" in config.model.train
-        self.cache = TensorCache(config.run.output_dir / ".cache")
-        self.together = pictures_together(config.data.resolution)
-        self.vae_key = (weights_hash(components.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
-        self.text_hash = weights_hash(parts.text_encoder.named_parameters())
-
-    def encode(self, pairs: tuple[Pair, ...], seen: list[View]) -> Encoded:
-        """All views of all pairs. Raises DataError naming every picture that cannot be decoded."""
-        latents = self._latents(pairs, seen)
-        shape = (len(pairs), len(seen), *latents[0]["mean"].shape)
-        return Encoded(
-            pairs=pairs,
-            mean=torch.stack([entry["mean"] for entry in latents]).reshape(shape),
-            std=torch.stack([entry["std"] for entry in latents]).reshape(shape),
-            tokens=components.tokenize(self.parts, [pair.caption for pair in pairs]),
-            context=None if self.trains_text else self.contexts([pair.caption for pair in pairs]),
-        )
-
-    def _latents(self, pairs: tuple[Pair, ...], seen: list[View]) -> list[Entry]:
-        c = self.config
-        keys: dict[str, tuple[Pair, View]] = {}
-        order = []
-        for pair in pairs:
-            content = content_hash(pair.path)
-            for view in seen:
-                place = (c.run.seed, pair.key) if view.crop else ()
-                key = key_of("latents", content, c.data.resolution, view.name, *place, *self.vae_key, self.together)
-                keys[key] = (pair, view)
-                order.append(key)
-        entries = self.cache.get(keys)
-        missing = [(key, *keys[key]) for key in keys if key not in entries]
-        if missing:
-            entries |= self._encode_missing(missing)
-        return [entries[key] for key in order]
-
-    def _encode_missing(self, missing: list[tuple[str, Pair, View]]) -> dict[str, Entry]:
-        """Latents of what the cache does not have yet, by key. Raises DataError naming every picture that cannot be decoded."""
-        made: dict[str, Entry] = {}
-        unwritten: dict[str, Entry] = {}
-        broken: dict[Path, str] = {}
-        self.parts.vae.to(self.device)
-        with console.progress("encoding pictures", total=len(missing)) as bar:
-            for first in range(0, len(missing), self.together):
-                pictures = {}
-                for key, pair, view in missing[first : first + self.together]:
-                    try:
-                        array = pixels(pair, self.config.data.resolution, view, self.config.run.seed)
-                        pictures[key] = torch.from_numpy(array)
-                    except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
-                        broken[pair.path] = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    bar.advance()
-                unwritten |= zip(pictures, self._encode_together(list(pictures.values())), strict=True)
-                if len(unwritten) >= PACK or first + self.together >= len(missing):
-                    self.cache.put(unwritten)
-                    made |= unwritten
-                    unwritten = {}
-        if broken:
-            raise DataError(
-                [f"{printable(path)}: cannot be decoded: {what}" for path, what in broken.items()],
-                hint=f"{len(broken)} picture(s) are damaged: save them again or remove them; nothing was trained",
-            )
-        return made
-
-    def _encode_together(self, pictures: list[torch.Tensor]) -> list[Entry]:
-        """Latents of up to `together` pictures. A smaller group is filled up with copies: the last bits of a picture's latents
-        depend on how many are encoded at once, and must not depend on which others happened to be missing."""
-        if not pictures:
-            return []
-        group = [*pictures, *[pictures[-1]] * (self.together - len(pictures))]
-        mean, std = components.encode_pixels(self.parts.vae, torch.stack(group).to(self.device))
-        return [{"mean": m.cpu().clone(), "std": s.cpu().clone()} for m, s in zip(mean, std)][: len(pictures)]
-
-    @torch.no_grad()
-    def contexts(self, captions: list[str]) -> torch.Tensor:
-        """Hidden states of captions, (captions, tokens, width)."""
-        self.parts.text_encoder.to(self.device)
-        length = self.parts.tokenizer.model_max_length
-        keys = {caption: key_of("text", caption, self.text_hash, length, CAPTIONS_TOGETHER) for caption in captions}
-        stored = self.cache.get(keys.values())
-        found = {caption: stored[key]["context"] for caption, key in keys.items() if key in stored}
-        missing = [caption for caption in keys if caption not in found]
-        for start in range(0, len(missing), PACK):
-            pack = missing[start : start + PACK]
-            for first in range(0, len(pack), CAPTIONS_TOGETHER):
-                some = pack[first : first + CAPTIONS_TOGETHER]
-                group = some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))  # as pictures are, and for the same reason
-                contexts = self.parts.text_encoder(components.tokenize(self.parts, group).to(self.device))[0]
-                found |= {caption: context.cpu().clone() for caption, context in zip(some, contexts)}
-            self.cache.put({keys[caption]: {"context": found[caption]} for caption in pack})
-        return torch.stack([found[caption] for caption in captions])

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from sdclr.engine import sharding
-from sdclr.engine.run import Encoded, Run
+from sdclr.engine.encoding import Encoded
+from sdclr.engine.run import Run
 from sdclr.errors import DivergenceError
 from sdclr.lr.paired import paired_difference
 

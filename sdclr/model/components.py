@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,22 +13,30 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdclr.config.schema import ModelSection
-from sdclr.errors import InputError, SdclrError
-
-PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
-WEIGHTS = {"text_encoder": "model", "vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model"}
-"""The stem of each part's weights file in a diffusers folder."""
+from sdclr.errors import InputError, SdclrError, first_line
+from sdclr.model import checks
+from sdclr.model.checks import MODEL_HINT, WEIGHTS
 
 
 @dataclasses.dataclass
 class Components:
-    """The parts of one Stable Diffusion, all in fp32; `noise_scheduler` is the diffusion's, not the learning rate's."""
+    """The parts of one Stable Diffusion, all in fp32; `noise_scheduler` is the diffusion's, not the learning rate's.
+
+    SDXL has a second tokenizer and text encoder, and may want zeros, rather than an empty caption's encoding, where there is no caption.
+    """
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
@@ -38,18 +44,49 @@ class Components:
     unet: UNet2DConditionModel
     noise_scheduler: DDPMScheduler
     sampler: Any
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    zeros_for_no_caption: bool = False
+
+    @property
+    def is_xl(self) -> bool:
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> list[Any]:
+        """One, or SDXL's two."""
+        return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        """All that has weights, by name."""
+        named = {name: getattr(self, name) for name in WEIGHTS}
+        return {name: module for name, module in named.items() if module is not None}
 
     def trainable(self, names: tuple[str, ...]) -> dict[str, Any]:
         """The modules named in `model.train`, in that order."""
         return {name: getattr(self, name) for name in names}
 
-    def pipeline(self) -> StableDiffusionPipeline:
+    def put_away(self, trained: tuple[str, ...]) -> None:
+        """Off the device with what is not trained."""
+        for name, module in self.networks.items():
+            if name not in trained:
+                module.to("cpu")
+
+    def pipeline(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """The parts as diffusers' pipeline, sharing weights."""
+        shared = {"vae": self.vae, "text_encoder": self.text_encoder, "tokenizer": self.tokenizer, "unet": self.unet, "scheduler": self.sampler}  # fmt: skip
+        pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
         with quiet_libraries():
-            pipeline = StableDiffusionPipeline(
-                vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet, scheduler=self.sampler,
-                safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-            )  # fmt: skip
+            if self.is_xl:
+                pipeline = StableDiffusionXLPipeline(
+                    **shared, text_encoder_2=self.text_encoder_2, tokenizer_2=self.tokenizer_2,
+                    force_zeros_for_empty_prompt=self.zeros_for_no_caption, add_watermarker=False,
+                )  # fmt: skip
+            else:
+                pipeline = StableDiffusionPipeline(
+                    **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+                )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
@@ -62,7 +99,7 @@ class Components:
         return dataclasses.replace(self, **others)
 
     def save_pipeline(self, folder: Path) -> None:
-        """Write the parts as a diffusers folder that `StableDiffusionPipeline.from_pretrained` opens; safetensors only.
+        """Write the parts as a diffusers folder that `DiffusionPipeline.from_pretrained` opens; safetensors only.
 
         Raises OSError or SafetensorError when the disk refuses, and when a part did not get there: the libraries make a folder
         again that has vanished under them, and go on.
@@ -74,7 +111,7 @@ class Components:
             if type(error) is Exception:  # as tokenizers passes on what the system said
                 raise OSError(str(error)) from error
             raise
-        problems = _folder_problems(folder)
+        problems = checks.problems_of(folder)
         if problems:
             raise OSError(problems[0])
 
@@ -84,43 +121,50 @@ def load(config: ModelSection) -> Components:
 
     A local folder or file is never looked up on the hub. Raises InputError naming the missing or misfitting part.
     """
-    check(config)
+    checks.check(config)
     try:
         with quiet_libraries():
-            parts = (
-                _from_single_file(config) if config.base.endswith(".safetensors") else _from_folder_or_hub(config.base)
-            )
+            index = _index(config)
+            read = _from_single_file if config.base.endswith(".safetensors") else _from_folder_or_hub
+            parts = read(config, index)
     except SdclrError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(
-            f"model.base {config.base}: cannot be loaded: {first_line(error)}", hint=_MODEL_HINT
-        ) from error
-    for module in (parts.text_encoder, parts.vae, parts.unet):
-        module.requires_grad_(False).eval()
-    _check_shapes(config.base, parts)
+        raise InputError(f"model.base {config.base}: cannot be loaded: {first_line(error)}", hint=MODEL_HINT) from error
+    _freeze(parts)
+    checks.refuse_misfits(config.base, parts)
+    checks.refuse_odd_tokens_and_noise(config.base, parts)
     return parts
 
 
 def skeleton(config: ModelSection) -> Components:
     """The modules that `load` would fill, with no weights and no tokenizer: on torch's meta device they take no memory."""
-    check(config)
+    checks.check(config)
     base = config.config or config.base
     options: dict[str, Any] = {"local_files_only": Path(base).is_dir()}
+    nothing: Any = None
     try:
         with quiet_libraries():
+            index = _index(config)
             unet, vae = (
                 kind.from_config(kind.load_config(base, subfolder=part, **options))
                 for kind, part in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
             )
-            text = CLIPTextConfig.from_pretrained(base, subfolder="text_encoder", **options)
-            text_encoder = CLIPTextModel(text)
+            texts = {
+                part: kind(CLIPTextConfig.from_pretrained(base, subfolder=part, **options))
+                for part, kind in _text_encoders(index).items()
+            }
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"model {base}: its configs cannot be read: {first_line(error)}", hint=_MODEL_HINT) from error
-    for module in (unet, vae, text_encoder):
+        raise InputError(f"model {base}: its configs cannot be read: {first_line(error)}", hint=MODEL_HINT) from error
+    parts = Components(tokenizer=nothing, vae=vae, unet=unet, noise_scheduler=nothing, sampler=nothing, **texts)
+    _freeze(parts)
+    checks.refuse_misfits(config.base, parts)
+    return parts
+
+
+def _freeze(parts: Components) -> None:
+    for module in parts.networks.values():
         module.requires_grad_(False).eval()
-    nothing: Any = None
-    return Components(nothing, text_encoder, vae, unet, nothing, nothing)
 
 
 def without_weights(model: Any) -> Any:
@@ -128,34 +172,6 @@ def without_weights(model: Any) -> Any:
     with torch.device("meta"), quiet_libraries():
         kind = type(model)
         return kind.from_config(model.config) if hasattr(kind, "from_config") else kind(model.config)
-
-
-def check(config: ModelSection) -> None:
-    """Look at the names and sizes of a local model's files; reads no weights. Raises InputError with every problem."""
-    base = config.base
-    path = Path(base)
-    if base.endswith((".ckpt", ".pt", ".pth", ".bin")):
-        raise InputError(
-            f"model.base {base}: is a pickle, which can run any code when it is opened, so sdclr never opens one",
-            hint="get the .safetensors of the same model, or convert it in a sandbox and name the result",
-        )
-    if base.endswith(".safetensors"):
-        if not path.is_file():
-            raise InputError(f"model.base {base}: there is no such file", hint=_MODEL_HINT)
-        return
-    if path.is_dir():
-        found = _folder_problems(path)
-        if found:
-            raise InputError("\n".join(found), hint=_MODEL_HINT)
-    elif path.exists() or not looks_like_hub_id(base):
-        raise InputError(
-            f"model.base {base}: there is no such folder, and it is not a hub id (owner/name)", hint=_MODEL_HINT
-        )
-
-
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no local path may be looked up on the hub: exactly owner/name."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parts[0].startswith(".")
 
 
 def prepare_for_training(parts: Components, config: ModelSection, device: torch.device) -> None:
@@ -229,15 +245,34 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def tokenize(parts: Components, captions: list[str]) -> torch.Tensor:
-    """Token ids, (captions, tokenizer.model_max_length), padded and cut."""
-    tokens = parts.tokenizer(
-        captions,
-        padding="max_length",
-        truncation=True,
-        max_length=parts.tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    return tokens.input_ids
+    """Token ids for each text encoder, (captions, text encoders, tokens), padded and cut to the model's length."""
+    return torch.stack(
+        [
+            tokenizer(
+                captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+            ).input_ids
+            for tokenizer in (parts.tokenizer, parts.tokenizer_2)
+            if tokenizer is not None
+        ],
+        dim=1,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_tokens(parts: Components, tokens: torch.Tensor, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the UNet is told of captions, by diffusers' names, from their token ids (captions, text encoders, tokens).
+
+    `encoder_hidden_states` (captions, tokens, width) are the text encoder's last hidden states. SDXL takes the last but one, side by side
+    of both encoders, and `text_embeds` (captions, width) of the second (Podell 2023, arXiv 2307.01952, section 2.1).
+    """
+    read = [
+        encoder.to(device)(tokens[:, number].to(device), output_hidden_states=parts.is_xl)
+        for number, encoder in enumerate(parts.text_encoders)
+    ]
+    if not parts.is_xl:
+        return {"encoder_hidden_states": read[0].last_hidden_state}
+    hidden = torch.cat([out.hidden_states[-2] for out in read], dim=-1)
+    return {"encoder_hidden_states": hidden, "text_embeds": read[1].text_embeds}
 
 
 def what_encodes(vae: AutoencoderKL) -> Iterator[tuple[str, torch.Tensor]]:
@@ -252,61 +287,94 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tenso
     return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
 
 
-def _from_folder_or_hub(base: str) -> Components:
-    local = Path(base).is_dir()
+def decode_in_fp32(vae: AutoencoderKL) -> None:
+    """Keep a VAE's decoder out of autocast: SDXL's overflows in fp16."""
+    decode = vae.decode
+
+    def whole(latents: torch.Tensor, *args: Any, **named: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **named)
+
+    vae.decode = whole
+
+
+def _index(config: ModelSection) -> dict[str, Any]:
+    """The model_index.json of a model, or of that which a single file takes its configs from. Raises InputError where the model
+    is not of a kind that is trained here, or not in the parts that the config names."""
+    source = config.config or config.base
+    local = Path(source).is_dir()
+    if not local and not checks.looks_like_hub_id(source):
+        raise InputError(
+            f"model.config {source}: there is no such folder, and it is not a hub id (owner/name)", hint=MODEL_HINT
+        )
+    index: dict[str, Any] = DiffusionPipeline.load_config(source, local_files_only=local)
+    checks.refuse_untrainable(config, source, index)
+    return index
+
+
+def _text_encoders(index: dict[str, Any]) -> dict[str, Any]:
+    """The text encoders of a model, by name, and their kinds."""
+    first = {"text_encoder": CLIPTextModel}
+    return first | {"text_encoder_2": CLIPTextModelWithProjection} if checks.is_xl(index) else first
+
+
+def _from_folder_or_hub(config: ModelSection, index: dict[str, Any]) -> Components:
+    base, local = config.base, Path(config.base).is_dir()
     options: dict[str, Any] = {"local_files_only": local}
     weights = {"use_safetensors": True, "output_loading_info": True, **options}
     ours = {**weights, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     loaded = {
-        "text_encoder": CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32, **weights),
+        part: kind.from_pretrained(base, subfolder=part, dtype=torch.float32, **weights)
+        for part, kind in _text_encoders(index).items()
+    }
+    loaded |= {
         "vae": AutoencoderKL.from_pretrained(base, subfolder="vae", **ours),
         "unet": UNet2DConditionModel.from_pretrained(base, subfolder="unet", **ours),
     }
     for part, (_, info) in loaded.items():
-        _refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
+        checks.refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
+    tokenizers = {
+        part: CLIPTokenizer.from_pretrained(base, subfolder=part, **options)
+        for part in checks.parts_of(index)
+        if part.startswith("tokenizer")
+    }
     return Components(
-        tokenizer=CLIPTokenizer.from_pretrained(base, subfolder="tokenizer", **options),
         noise_scheduler=DDPMScheduler.from_pretrained(base, subfolder="scheduler", **options),
         sampler=_sampler(base, **options),
+        zeros_for_no_caption=_zeros_for_no_caption(index),
+        **tokenizers,
         **{part: module for part, (module, _) in loaded.items()},
     )
 
 
-def _refuse_missing(where: str, names: Iterable[str]) -> None:
-    """The libraries fill what is missing with random numbers, and only warn."""
-    missing = sorted(names)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"model.base {where} lack {', '.join(missing[:3])}{more}", hint=_MODEL_HINT)
-
-
-def _from_single_file(config: ModelSection) -> Components:
+def _from_single_file(config: ModelSection, index: dict[str, Any]) -> Components:
     assert config.config is not None  # the schema saw to it
-    source = config.config
-    local = Path(source).is_dir()
-    if not local and not looks_like_hub_id(source):
-        raise InputError(
-            f"model.config {source}: there is no such folder, and it is not a hub id (owner/name)", hint=_MODEL_HINT
-        )
-    pipeline = StableDiffusionPipeline.from_single_file(
+    checks.refuse_other_kind(config, index)
+    kind: Any = StableDiffusionXLPipeline if checks.is_xl(index) else StableDiffusionPipeline
+    unwanted = {} if checks.is_xl(index) else {"safety_checker": None, "feature_extractor": None}
+    pipeline = kind.from_single_file(
         config.base,
-        config=source,
-        local_files_only=local,
+        config=config.config,
+        local_files_only=Path(config.config).is_dir(),
         torch_dtype=torch.float32,
-        safety_checker=None,
-        feature_extractor=None,
+        **unwanted,
     )
+    read = {part: getattr(pipeline, part) for part in checks.parts_of(index) if part != "scheduler"}
     for part in WEIGHTS:
-        left = (name for name, tensor in getattr(pipeline, part).state_dict().items() if tensor.is_meta)
-        _refuse_missing(f"{config.base}: the weights of its {part}", left)
+        if part in read:
+            left = (name for name, tensor in read[part].state_dict().items() if tensor.is_meta)
+            checks.refuse_missing(f"{config.base}: the weights of its {part}", left)
     return Components(
-        tokenizer=pipeline.tokenizer,
-        text_encoder=pipeline.text_encoder,
-        vae=pipeline.vae,
-        unet=pipeline.unet,
         noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
         sampler=pipeline.scheduler,
+        zeros_for_no_caption=_zeros_for_no_caption(index),
+        **read,
     )
+
+
+def _zeros_for_no_caption(index: dict[str, Any]) -> bool:
+    """Whether the sampler stands zeros for a caption that is not there, as SDXL was trained; diffusers' own default is that it does."""
+    return checks.is_xl(index) and bool(index.get("force_zeros_for_empty_prompt", True))
 
 
 def _sampler(base: str, **options: Any) -> Any:
@@ -314,81 +382,8 @@ def _sampler(base: str, **options: Any) -> Any:
     config = DDPMScheduler.load_config(base, subfolder="scheduler", **options)
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
     if not hasattr(kind, "from_config"):
-        raise InputError(f"model.base {base}: diffusers knows no scheduler {config.get('_class_name')!r}", _MODEL_HINT)
+        raise InputError(f"model.base {base}: diffusers knows no scheduler {config.get('_class_name')!r}", MODEL_HINT)
     return kind.from_config(config)
-
-
-def _folder_problems(folder: Path) -> list[str]:
-    if not (folder / "model_index.json").is_file():
-        return [f"model.base {folder}: is not a diffusers folder (model_index.json is missing)"]
-    found = [f"model.base {folder}: its part {part}/ is missing" for part in PARTS if not (folder / part).is_dir()]
-    tokenizer = folder / "tokenizer"
-    if tokenizer.is_dir() and not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        found.append(f"{tokenizer}: has neither tokenizer.json nor vocab.json")
-    for part, stem in WEIGHTS.items():
-        if not (folder / part).is_dir():
-            continue
-        if not (folder / part / "config.json").is_file():
-            found.append(f"{folder / part}: config.json is missing")
-        else:
-            found += _json_problems(folder / part / "config.json")
-        files = list((folder / part).glob(f"{stem}*.safetensors"))
-        if not files:
-            pickled = any((folder / part).glob(f"{stem}*.bin"))
-            found.append(
-                f"{folder / part}: has no {stem}.safetensors"
-                + (", only a pickle (.bin), which is never opened" if pickled else "")
-            )
-        for file in files:
-            found += _header_problems(file)
-    return found
-
-
-def _json_problems(path: Path) -> list[str]:
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, OSError) as error:
-        return [f"{path}: is not JSON ({first_line(error)})"]
-    return [] if isinstance(value, dict) else [f"{path}: is not a JSON object"]
-
-
-def _header_problems(path: Path) -> list[str]:
-    try:
-        with safe_open(path, framework="pt"):
-            return []
-    except (OSError, SafetensorError) as error:
-        return [f"{path}: is damaged or not safetensors ({first_line(error)})"]
-
-
-def _check_shapes(base: str, parts: Components) -> None:
-    width, wanted = parts.text_encoder.config.hidden_size, parts.unet.config.cross_attention_dim
-    if width != wanted:
-        raise InputError(
-            f"model.base {base}: its text encoder gives {width} numbers a token, its UNet wants {wanted}",
-            hint=_MODEL_HINT,
-        )
-    words, known = len(parts.tokenizer), parts.text_encoder.config.vocab_size
-    if words > known:
-        raise InputError(
-            f"model.base {base}: its tokenizer has {words} tokens, its text encoder knows {known}", hint=_MODEL_HINT
-        )
-    kind = parts.noise_scheduler.config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise InputError(
-            f"model.base {base}: its scheduler predicts {kind!r}; sdclr trains epsilon and v_prediction models",
-            hint=_MODEL_HINT,
-        )
-    channels, wanted = parts.vae.config.latent_channels, parts.unet.config.in_channels
-    if channels != wanted:
-        raise InputError(
-            f"model.base {base}: its VAE has {channels} latent channels, its UNet takes {wanted} (inpainting and depth models are not supported)",
-            hint=_MODEL_HINT,
-        )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 @contextmanager
@@ -405,6 +400,3 @@ def quiet_libraries() -> Iterator[None]:
         finally:
             transformers.logging.set_verbosity(before[0])
             diffusers.logging.set_verbosity(before[1])
-
-
-_MODEL_HINT = "model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,11 +16,11 @@ def predict(
     latents: torch.Tensor,
     noise: torch.Tensor,
     timesteps: torch.Tensor,
-    context: torch.Tensor,
+    told: Mapping[str, torch.Tensor],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The UNet's prediction and what it should have been, both (batch, 4, h, w).
 
-    `context` are the text encoder's hidden states, (batch, tokens, width). Raises ValueError for a prediction_type that is neither
+    `told` is what it is told besides, as for `denoise`. Raises ValueError for a prediction_type that is neither
     epsilon (Ho 2020, eq. 14) nor v_prediction (Salimans 2022, section 4).
     """
     noisy = noise_scheduler.add_noise(latents, noise, timesteps)
@@ -31,7 +31,20 @@ def predict(
         target = noise_scheduler.get_velocity(latents, noise, timesteps)
     else:
         raise ValueError(f"the model's scheduler predicts {kind!r}; sdclr trains epsilon and v_prediction models")
-    return unet(noisy, timesteps, encoder_hidden_states=context, return_dict=False)[0], target
+    return denoise(unet, noisy, timesteps, told), target
+
+
+def denoise(
+    unet: Callable[..., Any], noisy: torch.Tensor, timesteps: torch.Tensor, told: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """What the UNet makes of noisy latents (batch, 4, h, w) at some timesteps (batch,).
+
+    It is told, by diffusers' names, `encoder_hidden_states` (batch, tokens, width) and, if it is SDXL's, also `text_embeds` (batch, width)
+    and `time_ids` (batch, 6): the sizes of the picture (Podell 2023, arXiv 2307.01952, section 2.2).
+    """
+    added = {name: tensor for name, tensor in told.items() if name != "encoder_hidden_states"}
+    hidden = told["encoder_hidden_states"]
+    return unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added or None, return_dict=False)[0]
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors import SafetensorError
 from transformers import CLIPModel, CLIPProcessor
 
-from sdclr.errors import InputError
-from sdclr.model.components import looks_like_hub_id, quiet_libraries
+from sdclr.errors import InputError, first_line
+from sdclr.model.checks import looks_like_hub_id
+from sdclr.model.components import quiet_libraries
 
 HINT = "--score takes a folder or a hub id of a transformers CLIP model with safetensors, such as openai/clip-vit-large-patch14"
 BATCH = 32
@@ -41,7 +42,7 @@ class Judge:
                 self.model = CLIPModel.from_pretrained(name, local_files_only=local, use_safetensors=True).eval()
                 self.processor = CLIPProcessor.from_pretrained(name, local_files_only=local)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise InputError(f"--score {name}: cannot be loaded: {str(error).splitlines()[0]}", hint=HINT) from error
+            raise InputError(f"--score {name}: cannot be loaded: {first_line(error)}", hint=HINT) from error
         self.device = device or torch.device("cpu")
         self.model.to(self.device)
 

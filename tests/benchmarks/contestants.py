@@ -74,27 +74,41 @@ def floor(args: argparse.Namespace) -> None:
 
     say(imported=resident())
     torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", low_cpu_mem_usage=False).to(args.device)
+    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", torch_dtype=torch.float32, low_cpu_mem_usage=False).to(args.device)  # fmt: skip
     noise_scheduler = DDPMScheduler.from_pretrained(args.model, subfolder="scheduler")
     side, width = args.resolution // args.vae_factor, unet.config.cross_attention_dim
     text = json.loads((args.model / "text_encoder" / "config.json").read_text())
     latents = torch.randn(16, 4, side, side, device=args.device)
     contexts = torch.randn(16, text["max_position_embeddings"], width, device=args.device)
+    pooled, sizes = kept_for_xl(args.model, args.resolution, 16, args.device)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, weight_decay=1e-2, fused=True)
     unet.eval()
 
     def step() -> None:
         index = torch.randint(16, (args.batch,), device=args.device)
         clean, context = latents[index], contexts[index]
+        added = {"text_embeds": pooled[index], "time_ids": sizes[index]} if pooled is not None else None
         noise, t = torch.randn_like(clean), torch.randint(1000, (args.batch,), device=args.device)
         with torch.autocast(args.device, torch.bfloat16, enabled=args.device == "cuda"):
-            prediction = unet(noise_scheduler.add_noise(clean, noise, t), t, context, return_dict=False)[0]
+            noisy = noise_scheduler.add_noise(clean, noise, t)
+            prediction = unet(noisy, t, context, added_cond_kwargs=added, return_dict=False)[0]
         F.mse_loss(prediction.float(), noise).backward()
         torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
     take_turns(step, args.device)
+
+
+def kept_for_xl(model: Path, resolution: int, count: int, device: str) -> tuple[Any, Any]:
+    """What SDXL is told of `count` pictures besides their captions: summaries of these, and sizes; twice None where it is no SDXL."""
+    import torch
+
+    config = model / "text_encoder_2" / "config.json"
+    if not config.is_file():
+        return None, None
+    pooled = torch.randn(count, json.loads(config.read_text())["projection_dim"], device=device)
+    return pooled, torch.tensor([[resolution, resolution, 0, 0, resolution, resolution]] * count, device=device)
 
 
 # (b) sdclr: `sdclr train` itself, held at the end of each round ---------------------------------------------------------------
@@ -157,34 +171,77 @@ def sdclr(args: argparse.Namespace) -> None:
         train.train(write_config(args), args.set)
 
 
-# (c) diffusers' train_text_to_image.py, step by step (its defaults but for the batch; EMA off, no tracker) ---------------------
+# (c) diffusers' train_text_to_image.py, or train_text_to_image_sdxl.py, step by step (defaults but for the batch; EMA off, no tracker) --
 
 
 def script(args: argparse.Namespace) -> None:
-    import numpy as np
     import torch
     import torch.nn.functional as F
     from accelerate import Accelerator
-    from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+    from diffusers import DDPMScheduler, UNet2DConditionModel
     from diffusers.optimization import get_scheduler
-    from PIL import Image
     from tqdm.auto import tqdm
-    from transformers import CLIPTextModel, CLIPTokenizer
 
     with contextlib.suppress(ImportError):  # the extra `bench` has it; the script does not start without it
         import datasets  # noqa: F401
 
+    encodes = not (args.model / "text_encoder_2").is_dir()
+    if encodes:
+        from diffusers import AutoencoderKL  # noqa: F401
+        from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
+
     say(imported=resident())
     accelerator = Accelerator(mixed_precision="bf16" if args.device == "cuda" else "no", cpu=args.device == "cpu")
     noise_scheduler = DDPMScheduler.from_pretrained(args.model, subfolder="scheduler")
+    inputs = encoded_each_step(args, accelerator) if encodes else encoded_beforehand(args, accelerator)
+    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", torch_dtype=torch.float32)
+    unet.train()
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+    lr_scheduler = get_scheduler(
+        "constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=FOREVER[args.device]
+    )
+    unet, optimizer, lr_scheduler = accelerator.prepare(unet, optimizer, lr_scheduler)
+    bar = tqdm(range(FOREVER[args.device]), disable=not accelerator.is_local_main_process)
+
+    def step() -> None:
+        train_loss = 0.0
+        with accelerator.accumulate(unet):
+            latents, told = next(inputs)
+            noise = torch.randn_like(latents)
+            bsz = latents.shape[0]
+            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=latents.device).long()  # fmt: skip
+            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
+            prediction = unet(noisy_latents, timesteps, return_dict=False, **told)[0]
+            loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
+            avg_loss = accelerator.gather(loss.repeat(args.batch)).mean()
+            train_loss += avg_loss.item()
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
+            optimizer.step()
+            lr_scheduler.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            bar.update(1)
+            accelerator.log({"train_loss": train_loss}, step=bar.n)
+        bar.set_postfix(step_loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
+
+    take_turns(step, args.device)
+
+
+def encoded_each_step(args: argparse.Namespace, accelerator: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Latents and what the UNet is told, as train_text_to_image.py makes them anew in every step, without end."""
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+    from transformers import CLIPTextModel, CLIPTokenizer
+
     tokenizer = CLIPTokenizer.from_pretrained(args.model, subfolder="tokenizer")
     text_encoder = CLIPTextModel.from_pretrained(args.model, subfolder="text_encoder")
     vae = AutoencoderKL.from_pretrained(args.model, subfolder="vae")
-    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet")
     vae.requires_grad_(False)
     text_encoder.requires_grad_(False)
-    unet.train()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-6, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
     paths = sorted(Path(args.images).glob("*.png"))[:16]
     captions = [path.with_suffix(".txt").read_text().strip() for path in paths]
 
@@ -220,47 +277,46 @@ def script(args: argparse.Namespace) -> None:
         return {"pixel_values": pixel_values, "input_ids": torch.stack([e["input_ids"] for e in examples])}
 
     loader = torch.utils.data.DataLoader(Pictures(), shuffle=True, collate_fn=collate, batch_size=args.batch)
-    lr_scheduler = get_scheduler(
-        "constant", optimizer=optimizer, num_warmup_steps=0, num_training_steps=FOREVER[args.device]
-    )
-    unet, optimizer, loader, lr_scheduler = accelerator.prepare(unet, optimizer, loader, lr_scheduler)
+    loader = accelerator.prepare(loader)
     weight_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     text_encoder.to(accelerator.device, dtype=weight_dtype)
     vae.to(accelerator.device, dtype=weight_dtype)
-    bar = tqdm(range(FOREVER[args.device]), disable=not accelerator.is_local_main_process)
 
-    def endless() -> Iterator[dict[str, torch.Tensor]]:
+    def endless() -> Iterator[tuple[Any, dict[str, Any]]]:
         while True:
-            yield from loader
+            for batch in loader:
+                latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
+                hidden = text_encoder(batch["input_ids"], return_dict=False)[0]
+                yield latents * vae.config.scaling_factor, {"encoder_hidden_states": hidden}
 
-    batches = endless()
+    return endless()
 
-    def step() -> None:
-        batch, train_loss = next(batches), 0.0
-        with accelerator.accumulate(unet):
-            latents = vae.encode(batch["pixel_values"].to(weight_dtype)).latent_dist.sample()
-            latents = latents * vae.config.scaling_factor
-            noise = torch.randn_like(latents)
-            bsz = latents.shape[0]
-            timesteps = torch.randint(0, noise_scheduler.config.num_train_timesteps, (bsz,), device=latents.device).long()  # fmt: skip
-            noisy_latents = noise_scheduler.add_noise(latents, noise, timesteps)
-            hidden = text_encoder(batch["input_ids"], return_dict=False)[0]
-            prediction = unet(noisy_latents, timesteps, hidden, return_dict=False)[0]
-            loss = F.mse_loss(prediction.float(), noise.float(), reduction="mean")
-            avg_loss = accelerator.gather(loss.repeat(args.batch)).mean()
-            train_loss += avg_loss.item()
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), 1.0)
-            optimizer.step()
-            lr_scheduler.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            bar.update(1)
-            accelerator.log({"train_loss": train_loss}, step=bar.n)
-        bar.set_postfix(step_loss=loss.detach().item(), lr=lr_scheduler.get_last_lr()[0])
 
-    take_turns(step, args.device)
+def encoded_beforehand(args: argparse.Namespace, accelerator: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """The same as train_text_to_image_sdxl.py has encoded it before the first step, without end."""
+    import torch
+
+    side, count = args.resolution // args.vae_factor, 16
+    width = json.loads((args.model / "unet" / "config.json").read_text())["cross_attention_dim"]
+    pooled, _ = kept_for_xl(args.model, args.resolution, count, "cpu")
+    kept = [
+        {"model_input": torch.randn(4, side, side), "prompt_embeds": torch.randn(77, width), "pooled_prompt_embeds": pooled[i]}
+        for i in range(count)
+    ]  # fmt: skip
+    loader = torch.utils.data.DataLoader(kept, shuffle=True, batch_size=args.batch)  # type: ignore[arg-type]
+    loader = accelerator.prepare(loader)
+    weight_dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    whole = [args.resolution, args.resolution, 0, 0, args.resolution, args.resolution]
+
+    def endless() -> Iterator[tuple[Any, dict[str, Any]]]:
+        while True:
+            for batch in loader:
+                sizes = [torch.tensor([whole]).to(accelerator.device, dtype=weight_dtype) for _ in batch["model_input"]]
+                added = {"time_ids": torch.cat(sizes), "text_embeds": batch["pooled_prompt_embeds"]}
+                told = {"encoder_hidden_states": batch["prompt_embeds"], "added_cond_kwargs": added}
+                yield batch["model_input"], told
+
+    return endless()
 
 
 # The validation pass: batched as sdclr does it, and one draw at a time ----------------------------------------------------------

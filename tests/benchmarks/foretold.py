@@ -36,17 +36,21 @@ class Case:
 
 
 def cases(work: Path, quick: bool, device: str) -> list[Case]:
-    """What is measured; on a GPU at Stable Diffusion 1.5's true size."""
+    """What is measured; on a GPU at true size."""
     if device == "cuda":
         sd15 = Case(folder_of("sd15", work), 512, 8, 1)
         settings = ((), SMALLER, SMALLER_STILL, SMALLEST, (*SMALLER, "optimizer.name=adafactor"))
         small = [replace(sd15, overrides=overrides) for overrides in settings]
-        return small if quick else [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",))]  # fmt: skip
+        if quick:
+            return small
+        xl = Case(folder_of("sdxl", work), 1024, 8, 2, SMALLEST)
+        return [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), xl]  # fmt: skip
     demo, middle = Case(ROOT / "data/tiny-sd", 64, 4, 16), Case(folder_of("middle", work), 128, 8, 4)
+    xl = Case(folder_of("middle-xl", work), 128, 8, 4)
     if quick:
         return [demo, middle]
     sizes = ((128, 1), (192, 6), (256, 2), (256, 8))
-    return [replace(demo, batch=4), demo, middle, *(replace(middle, resolution=r, batch=b) for r, b in sizes)]
+    return [replace(demo, batch=4), demo, middle, *(replace(middle, resolution=r, batch=b) for r, b in sizes), xl]
 
 
 def measure(work: Path, case: Case, device: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@
     python tests/benchmarks/throughput.py --full-size             # steps of the true SD 1.5 shape at 256 pixels (16 GiB)
     python tests/benchmarks/throughput.py --device cuda           # SD 1.5 at 512 pixels in bf16, with the card's measured ceilings
     python tests/benchmarks/throughput.py --device cuda --compiled    # the same, compiled: two minutes more for each batch
+    python tests/benchmarks/throughput.py --xl                    # an SDXL of middle size at 128 pixels; with --device cuda SDXL itself at 1024
     python tests/benchmarks/throughput.py --startup               # help, a config error, the first step
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
     python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB; or --device cuda)
@@ -35,8 +36,8 @@ ROOT = Path(__file__).parent.parent.parent
 BARS = {"floor": 1.05, "script": 1.5, "memory": 1.0, "validation": 0.5, "matmul": 0.3}
 """sdclr's step ≤ 1.05 × the floor's; ≥ 1.5 × the script's images/s at batch 4; ≤ its peak memory; a batched forward ≤ half an unbatched; on a GPU
 ≥ 30 % of the rate of its bf16 matrix product."""
-FLOP_AN_IMAGE = 2.41e12
-"""Forward and backward of SD 1.5's UNet on one 512-pixel picture (research: trainers.md, section 6)."""
+FLOP_AN_IMAGE = {"model-sd15": 2.41e12, "model-sdxl": 20.2e12}
+"""Forward and backward of the UNet on one picture of 512 or 1024 pixels, as torch's FlopCounterMode counts them (tests/test_shapes.py)."""
 TRAINERS = ("floor", "sdclr", "script")
 
 
@@ -191,7 +192,9 @@ def markdown(result: dict[str, Any]) -> str:
             bar = f", bar {BARS['script']}: {verdict(faster[1] >= BARS['script'])}" if batch == "4" else ""
             bars.append(f"- batch {batch}: images/s of {own} / script {shown(faster)}{bar}")
         for kind in times if "matmul" in result["machine"] else ():
-            share = FLOP_AN_IMAGE * int(batch) / quartiles(times[kind])[1] / result["machine"]["matmul"]
+            share = (
+                FLOP_AN_IMAGE[result["model"]] * int(batch) / quartiles(times[kind])[1] / result["machine"]["matmul"]
+            )
             verdict_ = f", bar {BARS['matmul']:.0%}: {verdict(share >= BARS['matmul'])}" if kind == own else ""
             bars.append(f"- batch {batch}: {kind} at {share:.1%} of the rate of a bf16 matrix product{verdict_}")
         rival = "script" if "script" in times else "floor"
@@ -255,16 +258,20 @@ def setting_of(args: argparse.Namespace) -> Setting:
     """What the command line asks to be measured."""
     rounds, seconds = (3, 0.5) if args.quick else (15, 4.0)
     rounds = args.rounds or rounds
-    if args.device == "cpu" and not args.full_size:
+    if args.device == "cpu" and not args.full_size and not args.xl:
         batches = args.batches or ((1, 4) if args.quick else (1, 4, 16))
         return Setting(ROOT / "data/tiny-sd", ROOT / "data/mochi", 64, 4, batches, "cpu", rounds, seconds)
     from shapes import folder_of
 
-    model = folder_of("sd15", args.work)
+    if args.device == "cpu" and args.xl:
+        model = folder_of("middle-xl", args.work)
+        return Setting(model, ROOT / "data/mochi", 128, 8, args.batches or (1, 4), "cpu", rounds, seconds)
+    model = folder_of("sdxl" if args.xl else "sd15", args.work)
     if args.device == "cuda":
         rounds, seconds = (3, 0.5) if args.quick else (args.rounds or 9, 1.0)
         kinds = ("floor", "compiled") if args.compiled else TRAINERS
-        return Setting(model, ROOT / "data/mochi", 512, 8, args.batches or (1, 4, 16), "cuda", rounds, seconds, kinds, together=False)  # fmt: skip
+        resolution, batches = (1024, (1, 4)) if args.xl else (512, (1, 4, 16))
+        return Setting(model, ROOT / "data/mochi", resolution, 8, args.batches or batches, "cuda", rounds, seconds, kinds, together=False)  # fmt: skip
     return Setting(
         model, ROOT / "data/mochi", 256, 8, args.batches or (1,), "cpu", args.rounds or 7, 0.0, together=False
     )
@@ -288,6 +295,7 @@ def main() -> None:
     parser.add_argument(
         "--startup", action="store_true", help="instead: how long help, a config error and the first step take"
     )
+    parser.add_argument("--xl", action="store_true", help="the shape of SDXL (on the CPU one of middle size)")
     parser.add_argument("--caches", action="store_true", help="instead: how long many pictures take to be read")
     parser.add_argument("--memory", action="store_true", help="instead: memory as foretold and as used")
     parser.add_argument(
@@ -301,6 +309,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="for models, runs and results")
     parser.add_argument("--rounds", type=int, help="rounds of each contestant [15; --quick: 3; --full-size: 7]")
     args = parser.parse_args()
+    if args.xl and args.full_size:
+        parser.error("the true shape of SDXL takes more memory than such machines have: --xl --device cuda")
     args.work = args.work.resolve()
     if args.startup:
         import startup
@@ -334,8 +344,8 @@ def main() -> None:
         text = foretold.markdown(result)
     else:
         setting = setting_of(args)
-        name = f"throughput-{args.device}{'-full-size' * args.full_size}{'-compiled' * args.compiled}"
-        result = {"machine": machine(args.device), "batches": {}}
+        name = f"throughput-{args.device}{'-xl' * args.xl}{'-full-size' * args.full_size}{'-compiled' * args.compiled}"
+        result = {"machine": machine(args.device), "model": setting.model.name, "batches": {}}
         for batch in setting.batches:
             result["batches"][str(batch)] = train(setting, batch, args.work)
             print(markdown(result), flush=True)  # a bench that is cut short has shown what it found

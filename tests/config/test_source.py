@@ -204,6 +204,7 @@ def test_every_problem_of_a_set_is_shown_as_the_set_and_before_the_files(problem
     found = problems(
         SOUND + "batch: {size: 0}\n",
         "run.nam=4", "validation.fraction=2", "run.name.first=3", "foo", "=3", "train.steps=[", "optimizer={name: adamw, etas: 3}",
+        "optimiser.name=sgd",
         "loss.noise_offset=1\nloss.min_snr_gamma: 5",
     )  # fmt: skip
     assert found[-1] == "c.yaml:4:9: batch.size must be at least 1 or auto; got 0"
@@ -216,6 +217,7 @@ def test_every_problem_of_a_set_is_shown_as_the_set_and_before_the_files(problem
         "--set train.steps=[: not YAML: expected the node content, but found '<stream end>' (while parsing a flow node)",
         "--set optimizer={name: adamw, etas: 3}: optimizer.etas is not a known key; did you mean betas?",
         "--set loss.noise_offset=1\nloss.min_snr_gamma: 5: sets one key; give --set once for each",
+        "--set optimiser.name=sgd: optimiser is not a known key; did you mean optimizer?",
     }
 
 

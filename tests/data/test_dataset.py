@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdclr.data.dataset import View, pixels, to_rgb, views
+from sdclr.data.dataset import View, look, to_rgb, views
 from sdclr.data.pairs import Pair
 
 
@@ -25,7 +25,7 @@ def seen(
     image: Image.Image, path: Path, resolution: int, view: View | None = None, seed: int = 0, **options: object
 ) -> np.ndarray:
     image.save(path, **options)
-    return as_bytes(pixels(pair(path), resolution, view or View(), seed))
+    return as_bytes(look(pair(path), resolution, view or View(), seed).pixels)
 
 
 def blocks(*rows: list[tuple[int, int, int]], side: int = 16) -> Image.Image:
@@ -39,7 +39,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 def test_pixels_are_float32_channels_first_from_minus_one_to_one(tmp_path: Path) -> None:
     blocks([RED, WHITE], [(0, 0, 0), BLUE]).save(tmp_path / "a.png")
-    found = pixels(pair(tmp_path / "a.png"), 32, View())
+    found = look(pair(tmp_path / "a.png"), 32, View()).pixels
     assert found.dtype == np.float32
     assert found.shape == (3, 32, 32)
     assert found.flags["C_CONTIGUOUS"]
@@ -67,7 +67,7 @@ def test_a_wide_picture_keeps_its_middle_and_a_tall_one_too(tmp_path: Path) -> N
 )
 def test_any_size_becomes_exactly_the_square_asked_for(tmp_path: Path, size: tuple[int, int], resolution: int) -> None:
     assert seen(Image.new("RGB", size, "red"), tmp_path / "a.png", resolution).shape == (resolution, resolution, 3)
-    assert pixels(pair(tmp_path / "a.png"), resolution, View(3)).shape == (3, resolution, resolution)
+    assert look(pair(tmp_path / "a.png"), resolution, View(3)).pixels.shape == (3, resolution, resolution)
 
 
 def test_a_picture_twice_as_large_is_what_pillows_lanczos_makes_of_it(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_a_file_cut_in_the_middle_is_an_os_error(tmp_path: Path) -> None:
     noise.save(tmp_path / "a.jpg")
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
     with pytest.raises(OSError, match="truncated"):
-        pixels(pair(tmp_path / "a.jpg"), 32, View())
+        look(pair(tmp_path / "a.jpg"), 32, View())
 
 
 @pytest.mark.parametrize(

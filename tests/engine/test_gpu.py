@@ -6,6 +6,7 @@ pytest -m gpu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,20 @@ def test_a_recorded_step_trains_as_one_whose_kernels_are_started_one_by_one(conf
     assert recorded.add_gradients.graph is not None
     print(settings, "the same bits:", all(map(torch.equal, ours, theirs)), apart(ours, theirs, base))
     assert apart(ours, theirs, base) < 1e-3
+
+
+def test_sdxls_step_is_recorded_and_serves_another_split(tmp_path, xl, pictures):
+    from tiny import write_config
+
+    path = write_config(tmp_path / "run.yaml", xl, pictures, tmp_path / "runs")
+    recorded, plain = build(path), build(path, "model.compile=off")
+    base = [p.detach().clone() for p in plain.modules["unet"].parameters()]
+    split = recorded.inputs.split
+    moved = replace(split, train=split.validation + split.train[2:], validation=split.train[:2])
+    others = [run.on(replace(run.inputs, split=moved)) for run in (recorded, plain)]
+    assert apart(train(recorded), train(plain), base) < 1e-3
+    assert apart(*map(train, others), base) < 1e-3
+    assert recorded.add_gradients.graph is not None
 
 
 def test_one_recording_serves_every_state_and_validation_between_steps(config):

@@ -29,7 +29,9 @@ def test_weights_optimizer_and_encoders_are_counted_to_the_byte(config, run):
     frozen = [*run.parts.vae.parameters(), *run.parts.text_encoder.parameters()]
     assert needs.parts["encoders"] == pytest.approx(4 * sum(p.numel() for p in frozen), rel=0.01)  # position ids
     held = [run.train, run.held_out, run.stabilised]
-    assert needs.parts["data"] == 4 * sum(e.mean.numel() + e.std.numel() + e.context.numel() for e in held)
+    assert needs.parts["data"] == 4 * sum(
+        e.mean.numel() + e.std.numel() + e.captions["encoder_hidden_states"].numel() for e in held
+    )
 
 
 def test_a_step_ends_with_all_gradients_and_grows_with_the_batch_by_what_the_forward_saves(config, run):
@@ -46,7 +48,9 @@ def test_a_step_ends_with_all_gradients_and_grows_with_the_batch_by_what_the_for
         saved.clear()
         index = torch.arange(batch) % 8
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            output = run.modules["unet"](run.train.mean[index, 0], index, run.train.context[index], return_dict=False)
+            output = run.modules["unet"](
+                run.train.mean[index, 0], index, run.train.captions["encoder_hidden_states"][index], return_dict=False
+            )
         own = {p.data_ptr() for p in run.modules["unet"].parameters()}
         del output
         return sum(size for place, size in saved.items() if place not in own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 import pytest
@@ -144,7 +145,8 @@ def test_min_snr_and_noise_offset_enter_the_training_loss_and_leave_validation_a
     with torch.no_grad():
         for sample in SAMPLES:
             t, noise, latents = draws_of(both, sample, offset=True)
-            tokens = both.empty_tokens if sample.drop_caption else both.train.tokens[sample.index][None]
+            known = both.no_caption if sample.drop_caption else both.train.captions
+            tokens = known["input_ids"][0 if sample.drop_caption else sample.index][None]
             noisy = both.parts.noise_scheduler.add_noise(latents, noise, t)
             prediction = both.parts.unet(noisy, t, encoder_hidden_states=both.parts.text_encoder(tokens)[0]).sample
             weight = min_snr_weights(both.parts.noise_scheduler, t, 5).item()
@@ -155,12 +157,12 @@ def test_min_snr_and_noise_offset_enter_the_training_loss_and_leave_validation_a
 
 
 def test_latents_are_those_of_diffusers_vae_times_its_scale(run):
-    from sdclr.data.dataset import View, pixels
+    from sdclr.data.dataset import View, look
 
     pair = run.inputs.split.train[3]
     with torch.no_grad():
         for number, view in enumerate((View(), View(flipped=True))):
-            posterior = run.parts.vae.encode(torch.from_numpy(pixels(pair, 32, view))[None]).latent_dist
+            posterior = run.parts.vae.encode(torch.from_numpy(look(pair, 32, view).pixels)[None]).latent_dist
             assert torch.allclose(run.train.mean[3, number], posterior.mean[0] * 0.5, atol=1e-5)
             assert torch.allclose(run.train.std[3, number], posterior.std[0] * 0.5, atol=1e-5)
 
@@ -274,8 +276,9 @@ def test_what_a_picture_is_encoded_to_does_not_depend_on_which_others_were_missi
         for entry in some:
             entry.unlink()
         again = build(path)
-        for name in ("mean", "std", "context"):
+        for name in ("mean", "std", "sizes"):
             assert torch.equal(getattr(whole.train, name), getattr(again.train, name))
+        assert torch.equal(*(found.train.captions["encoder_hidden_states"] for found in (whole, again)))
     assert sorted(cache.rglob("*.safetensors")) == entries
 
 
@@ -339,3 +342,11 @@ def test_a_run_is_compiled_where_its_steps_as_they_are_timed_take_twenty_minutes
     assert bool(asked) == compiled
     run.compile_for()  # a range test's length is not known beforehand
     assert len(asked) == compiled
+
+
+def test_a_recordings_inputs_are_copied_by_name_in_whatever_order_they_come():
+    graph = Graph(lambda inputs, count: torch.zeros(()), [])
+    graph.graph, graph.inputs = types.SimpleNamespace(replay=lambda: None), {"a": torch.zeros(2), "b": torch.zeros(3)}
+    graph({"b": torch.ones(3), "a": torch.full((2,), 2.0)}, 1)
+    assert graph.inputs["a"].tolist() == [2, 2]
+    assert graph.inputs["b"].tolist() == [1, 1, 1]

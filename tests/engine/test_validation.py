@@ -71,7 +71,9 @@ def test_losses_are_the_mean_squared_errors_of_diffusers_own_calls(run):
         for i in range(len(draws)):
             image, t, noise = draws.image_of(i), draws.timesteps[i : i + 1], draws.noise[i : i + 1]
             noisy = run.parts.noise_scheduler.add_noise(held.mean[image, :1], noise, t)
-            prediction = run.parts.unet(noisy, t, encoder_hidden_states=held.context[image : image + 1]).sample
+            prediction = run.parts.unet(
+                noisy, t, encoder_hidden_states=held.captions["encoder_hidden_states"][image : image + 1]
+            ).sample
             expected.append(float(torch.nn.functional.mse_loss(prediction, noise)))
     assert run.losses(held, draws).flatten().tolist() == pytest.approx(expected, rel=1e-5)
 

@@ -424,7 +424,7 @@ def _socket(folder: Path) -> None:
 
 def become_of(folder: Path) -> tuple[str, str]:
     """What the program makes of a folder, as far as the VAE: refused or used, and its words."""
-    from sdclr.data.dataset import View, pixels
+    from sdclr.data.dataset import View, look
     from sdclr.data.pairs import find, printable
     from sdclr.errors import DataError
 
@@ -434,7 +434,7 @@ def become_of(folder: Path) -> tuple[str, str]:
         return REFUSED, error.message
     for pair in pairs:
         try:
-            array = pixels(pair, 64, View())
+            array = look(pair, 64, View()).pixels
         except Exception as error:  # as the encoder does
             return REFUSED, f"{printable(pair.path)}: cannot be decoded: {error}"
         assert array.shape == (3, 64, 64) and np.isfinite(array).all() and abs(array).max() <= 1.0001, (

@@ -13,10 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError
-from sdclr.model import components
+from sdclr.model import checks, components
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
+PARTS, WEIGHTS = checks.PARTS, {part: checks.WEIGHTS[part] for part in ("text_encoder", "vae", "unet")}
+"""Of Stable Diffusion 1 and 2; for SDXL see test_xl.py."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def refused(base: Path | str, match: str, **more: object) -> InputError:
 
 def test_every_part_is_loaded_as_stored_in_fp32_frozen_and_in_evaluation_mode(model):
     parts = components.load(section(model))
-    for name, stem in components.WEIGHTS.items():
+    for name, stem in WEIGHTS.items():
         module, stored = getattr(parts, name), load_file(model / name / f"{stem}.safetensors")
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
@@ -70,15 +72,15 @@ def test_every_part_is_loaded_as_stored_in_fp32_frozen_and_in_evaluation_mode(mo
 
 
 def test_weights_stored_in_fp16_are_trained_in_fp32(copy):
-    for name, stem in components.WEIGHTS.items():
+    for name, stem in WEIGHTS.items():
         path = copy / name / f"{stem}.safetensors"
         save_file({k: v.half() for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
     parts = components.load(section(copy))
-    for name in components.WEIGHTS:
+    for name in WEIGHTS:
         assert {p.dtype for p in getattr(parts, name).parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("part", components.PARTS)
+@pytest.mark.parametrize("part", PARTS)
 def test_a_missing_part_is_named(copy, part):
     shutil.rmtree(copy / part)
     problem = refused(copy, f"its part {part}/ is missing")
@@ -117,7 +119,7 @@ def test_a_damaged_file_is_an_input_error(copy, name, damage, match):
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_weights_that_lack_a_tensor_are_refused_and_never_filled_with_chance(copy, part):
-    path = copy / part / f"{components.WEIGHTS[part]}.safetensors"
+    path = copy / part / f"{WEIGHTS[part]}.safetensors"
     tensors = load_file(path)
     name = sorted(tensors)[0]
     del tensors[name]
@@ -129,7 +131,7 @@ def test_weights_that_lack_a_tensor_are_refused_and_never_filled_with_chance(cop
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_tensor_of_another_shape_is_refused(copy, part):
-    path = copy / part / f"{components.WEIGHTS[part]}.safetensors"
+    path = copy / part / f"{WEIGHTS[part]}.safetensors"
     tensors = load_file(path)
     name = next(k for k in sorted(tensors) if tensors[k].ndim == 1)
     tensors[name] = torch.zeros(len(tensors[name]) + 1)
@@ -203,7 +205,7 @@ def test_pickles_beside_safetensors_are_never_opened(copy, monkeypatch):
 def test_a_local_folder_that_looks_like_a_hub_id_is_read_from_the_disk(copy, monkeypatch):
     monkeypatch.chdir(copy.parent.parent)
     name = f"{copy.parent.name}/{copy.name}"
-    assert components.looks_like_hub_id(name)
+    assert checks.looks_like_hub_id(name)
     assert components.load(section(name)).unet.config.cross_attention_dim == 16
 
 
@@ -215,7 +217,7 @@ def test_an_incomplete_local_folder_that_looks_like_a_hub_id_is_not_looked_up(co
 
 @pytest.mark.parametrize("name", ["./a/b", "../a", "/a/b", "a/b/c", "a", ".a/b", "a/", "runs/x/final", "a b/c"])
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name):
-    assert not components.looks_like_hub_id(name)
+    assert not checks.looks_like_hub_id(name)
     refused(name, "there is no such folder")
 
 
@@ -223,7 +225,7 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name):
     "name", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4", "a/b.c_d"]
 )
 def test_owner_and_name_look_like_a_hub_id(name):
-    assert components.looks_like_hub_id(name)
+    assert checks.looks_like_hub_id(name)
 
 
 # One file ---------------------------------------------------------------------------------------------------------------------------
@@ -254,7 +256,7 @@ def ldm_layout(folder: Path) -> dict[str, torch.Tensor]:
 def ldm_unet_name(key: str, layers: int) -> str:
     whole = {
         "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0", "conv_out": "out.2",
+        "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
     }  # fmt: skip
     stem, _, kind = key.rpartition(".")
     if stem in whole:
@@ -299,7 +301,7 @@ def test_a_single_file_in_the_layout_of_sd_1_loads_offline_and_computes_what_the
     save_file({k: v.to(dtype) for k, v in ldm_layout(model).items()}, tmp_path / "model.safetensors")
     folder = components.load(section(model))
     single = components.load(section(tmp_path / "model.safetensors", config=str(model)))
-    for name in components.WEIGHTS:
+    for name in WEIGHTS:
         ours, theirs = getattr(single, name).state_dict(), getattr(folder, name).state_dict()
         assert ours.keys() == theirs.keys()
         assert {tensor.dtype for tensor in ours.values() if tensor.is_floating_point()} == {torch.float32}
@@ -367,7 +369,7 @@ def test_what_is_trained_is_unfrozen_and_nothing_else(model, train):
 
 def test_captions_are_padded_and_cut_to_the_models_length(model):
     parts = components.load(section(model))
-    tokens = components.tokenize(parts, ["", "disc", "a" * 100])
+    tokens = components.tokenize(parts, ["", "disc", "a" * 100])[:, 0]
     start, end = parts.tokenizer.bos_token_id, parts.tokenizer.eos_token_id
     assert tokens.shape == (3, 16)
     assert tokens[:, 0].tolist() == [start] * 3
@@ -391,7 +393,7 @@ def test_a_saved_pipeline_loads_again_with_the_same_weights_and_holds_safetensor
     parts = components.load(section(model))
     parts.save_pipeline(tmp_path / "saved")
     again = components.load(section(tmp_path / "saved"))
-    for name in components.WEIGHTS:
+    for name in WEIGHTS:
         ours, theirs = getattr(parts, name).state_dict(), getattr(again, name).state_dict()
         assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
     assert {p.suffix for p in (tmp_path / "saved").rglob("*") if p.is_file()} == {".json", ".safetensors"}

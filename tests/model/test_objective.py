@@ -23,9 +23,13 @@ class Recorder(torch.nn.Module):
         super().__init__()
         self.answer = answer
 
-    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict):
-        self.given = noisy, timesteps, encoder_hidden_states
+    def forward(self, noisy, timesteps, encoder_hidden_states, added_cond_kwargs, return_dict):
+        self.given, self.added = (noisy, timesteps, encoder_hidden_states), added_cond_kwargs
         return (self.answer,)
+
+
+def caption(context: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"encoder_hidden_states": context}
 
 
 def scheduler(kind: str) -> DDPMScheduler:
@@ -35,22 +39,30 @@ def scheduler(kind: str) -> DDPMScheduler:
 
 def test_epsilon_at_the_first_timestep_is_as_computed_by_hand():
     unet, context = Recorder(GUESS), torch.zeros(1, 3, 5)
-    prediction, target = predict(unet, scheduler("epsilon"), LATENT, NOISE, torch.tensor([0]), context)
+    prediction, target = predict(unet, scheduler("epsilon"), LATENT, NOISE, torch.tensor([0]), caption(context))
     noisy, timesteps, given = unet.given
     # 0.8·x + 0.6·ε
     assert noisy.flatten().tolist() == pytest.approx([1.1, -1.0, -0.2, 1.2])
     assert timesteps.tolist() == [0]
     assert given is context
+    assert unet.added is None
     assert prediction is GUESS
     assert target.flatten().tolist() == [0.5, 1.0, -1.0, 2.0]
     # (0, -1, 0, -1)² / 4
     assert squared_error(prediction, target).tolist() == pytest.approx([0.5])
 
 
+def test_whatever_else_is_told_reaches_the_unet_by_its_name():
+    unet, sizes, pooled = Recorder(GUESS), torch.arange(6)[None], torch.ones(1, 4)
+    told = {"text_embeds": pooled, "encoder_hidden_states": torch.zeros(1, 3, 5), "time_ids": sizes}
+    predict(unet, scheduler("epsilon"), LATENT, NOISE, torch.tensor([0]), told)
+    assert unet.added == {"text_embeds": pooled, "time_ids": sizes}
+
+
 def test_v_prediction_at_the_second_timestep_is_as_computed_by_hand():
     unet = Recorder(GUESS)
     prediction, target = predict(
-        unet, scheduler("v_prediction"), LATENT, NOISE, torch.tensor([1]), torch.zeros(1, 3, 5)
+        unet, scheduler("v_prediction"), LATENT, NOISE, torch.tensor([1]), caption(torch.zeros(1, 3, 5))
     )
     # 0.6·x + 0.8·ε, and v = 0.6·ε − 0.8·x
     assert unet.given[0].flatten().tolist() == pytest.approx([1.0, -0.4, -0.5, 1.6])
@@ -62,7 +74,7 @@ def test_v_prediction_at_the_second_timestep_is_as_computed_by_hand():
 def test_each_sample_is_noised_at_its_own_timestep_and_has_its_own_error():
     unet = Recorder(torch.cat([GUESS, GUESS * 0]))
     both = torch.cat([LATENT, LATENT]), torch.cat([NOISE, NOISE])
-    prediction, target = predict(unet, scheduler("epsilon"), *both, torch.tensor([0, 1]), torch.zeros(2, 3, 5))
+    prediction, target = predict(unet, scheduler("epsilon"), *both, torch.tensor([0, 1]), caption(torch.zeros(2, 3, 5)))
     assert unet.given[0].flatten().tolist() == pytest.approx([1.1, -1.0, -0.2, 1.2, 1.0, -0.4, -0.5, 1.6])
     assert squared_error(prediction, target).tolist() == pytest.approx([0.5, (0.25 + 1 + 1 + 4) / 4])
 
@@ -76,7 +88,7 @@ def test_the_error_of_half_precision_predictions_is_taken_in_fp32():
 
 def test_another_prediction_type_is_refused():
     with pytest.raises(ValueError, match="'sample'"):
-        predict(Recorder(GUESS), scheduler("sample"), LATENT, NOISE, torch.tensor([0]), torch.zeros(1, 3, 5))
+        predict(Recorder(GUESS), scheduler("sample"), LATENT, NOISE, torch.tensor([0]), caption(torch.zeros(1, 3, 5)))
 
 
 def sd15(kind: str) -> DDPMScheduler:
@@ -134,7 +146,7 @@ def test_the_real_unet_gets_and_gives_what_diffusers_own_calls_would(run, kind):
     latents, noise = (torch.randn(3, 4, 4, 4, generator=g) for _ in range(2))
     context, timesteps = torch.randn(3, 16, 16, generator=g), torch.tensor([3, 400, 998])
     with torch.no_grad():
-        prediction, target = predict(unet, noise_scheduler, latents, noise, timesteps, context)
+        prediction, target = predict(unet, noise_scheduler, latents, noise, timesteps, caption(context))
         noisy = noise_scheduler.add_noise(latents, noise, timesteps)
         expected = unet(noisy, timesteps, encoder_hidden_states=context).sample
     assert torch.equal(prediction, expected)

@@ -1,0 +1,159 @@
+"""Pictures and captions as the UNet sees them: what the frozen encoders make of each, once, through the cache on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from sdclr.config.schema import RunConfig
+from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
+from sdclr.data.dataset import Seen, View, look
+from sdclr.data.pairs import Pair, printable
+from sdclr.errors import DataError, first_line
+from sdclr.model import components
+from sdclr.report import console
+
+CAPTIONS_TOGETHER = 4
+"""Captions in one pass of the text encoder: twice as fast as one by one; more gain little."""
+PACK = 64
+"""Entries that are encoded before they are written to the cache together."""
+
+
+@dataclasses.dataclass
+class Encoded:
+    """Latents' mean and spread (images, views, 4, h, w), the pictures' sizes (images, views, 6), and of captions what
+    `components.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (images, tokens)."""
+
+    pairs: tuple[Pair, ...]
+    mean: torch.Tensor
+    std: torch.Tensor
+    sizes: torch.Tensor
+    captions: dict[str, torch.Tensor]
+
+
+def pictures_together(resolution: int) -> int:
+    """Pictures in one pass of the VAE: small ones go faster in company, large ones do not."""
+    return max(1, min(8, 8 * 64**2 // resolution**2))
+
+
+class Encoder:
+    """Run the frozen encoders once for each picture, view and caption."""
+
+    def __init__(self, config: RunConfig, parts: components.Components, device: torch.device):
+        self.config, self.parts, self.device = config, parts, device
+        self.trains_text = "text_encoder" in config.model.train
+        self.cache = TensorCache(config.run.output_dir / ".cache")
+        self.together = pictures_together(config.data.resolution)
+        self.vae_key = (weights_hash(components.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
+        self.text_key = [
+            value
+            for encoder in parts.text_encoders
+            for value in (
+                weights_hash(encoder.named_parameters()),
+                encoder.config.hidden_act,
+                encoder.config.eos_token_id,
+            )
+        ]
+
+    def encode(self, pairs: tuple[Pair, ...], views: list[View]) -> Encoded:
+        """All views of all pairs. Raises DataError naming every picture that cannot be decoded."""
+        pictures = self._pictures(pairs, views)
+        stacked = {name: torch.stack([entry[name] for entry in pictures]) for name in ("mean", "std", "sizes")}
+        return Encoded(
+            pairs=pairs,
+            captions=self._captions([pair.caption for pair in pairs]),
+            **{name: tensor.unflatten(0, (len(pairs), len(views))) for name, tensor in stacked.items()},
+        )
+
+    def no_caption(self) -> dict[str, torch.Tensor]:
+        """What stands for a caption that is dropped, one row: as the sampler takes it where there is no negative prompt."""
+        empty = self._captions([""])
+        if self.parts.zeros_for_no_caption:
+            return {name: torch.zeros_like(tensor) for name, tensor in empty.items()}
+        return empty
+
+    def _pictures(self, pairs: tuple[Pair, ...], views: list[View]) -> list[Entry]:
+        c = self.config
+        keys: dict[str, tuple[Pair, View]] = {}
+        order = []
+        for pair in pairs:
+            content = content_hash(pair.path)
+            for view in views:
+                place = (c.run.seed, pair.key) if view.crop else ()
+                key = key_of("picture", content, c.data.resolution, view.name, *place, *self.vae_key, self.together)
+                keys[key] = (pair, view)
+                order.append(key)
+        entries = self.cache.get(keys)
+        missing = [(key, *keys[key]) for key in keys if key not in entries]
+        if missing:
+            entries |= self._encode_pictures(missing)
+        return [entries[key] for key in order]
+
+    def _encode_pictures(self, missing: list[tuple[str, Pair, View]]) -> dict[str, Entry]:
+        """Latents and sizes of what the cache does not have yet, by key. Raises DataError naming every picture that cannot be decoded."""
+        made: dict[str, Entry] = {}
+        unwritten: dict[str, Entry] = {}
+        broken: dict[Path, str] = {}
+        self.parts.vae.to(self.device)
+        with console.progress("encoding pictures", total=len(missing)) as bar:
+            for first in range(0, len(missing), self.together):
+                seen: dict[str, Seen] = {}
+                for key, pair, view in missing[first : first + self.together]:
+                    try:
+                        seen[key] = look(pair, self.config.data.resolution, view, self.config.run.seed)
+                    except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
+                        broken[pair.path] = first_line(error)
+                    bar.advance()
+                unwritten |= zip(seen, self._encode_together(list(seen.values())), strict=True)
+                if len(unwritten) >= PACK or first + self.together >= len(missing):
+                    self.cache.put(unwritten)
+                    made |= unwritten
+                    unwritten = {}
+        if broken:
+            raise DataError(
+                [f"{printable(path)}: cannot be decoded: {what}" for path, what in broken.items()],
+                hint=f"{len(broken)} picture(s) are damaged: save them again or remove them; nothing was trained",
+            )
+        return made
+
+    def _encode_together(self, pictures: list[Seen]) -> list[Entry]:
+        """Entries of up to `together` pictures. A smaller group is filled up with copies: the last bits of a picture's latents
+        depend on how many are encoded at once, and must not depend on which others happened to be missing."""
+        if not pictures:
+            return []
+        group = pictures + [pictures[-1]] * (self.together - len(pictures))
+        pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in group])
+        mean, std = components.encode_pixels(self.parts.vae, pixels.to(self.device))
+        return [
+            {"mean": mean[row].cpu().clone(), "std": std[row].cpu().clone(), "sizes": torch.tensor(picture.sizes)}
+            for row, picture in enumerate(pictures)
+        ]
+
+    def _captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """Captions as they are encoded once and for all or, where the text encoder is trained, their token ids; rows are captions."""
+        tokens = components.tokenize(self.parts, captions)
+        if self.trains_text:
+            return {"input_ids": tokens[:, 0]}
+        keys = [key_of("caption", *row.flatten().tolist(), *self.text_key, CAPTIONS_TOGETHER) for row in tokens]
+        rows = dict(zip(keys, tokens, strict=True))
+        entries = self.cache.get(rows)
+        missing = [key for key in rows if key not in entries]
+        for first in range(0, len(missing), PACK):
+            made = self._encode_captions({key: rows[key] for key in missing[first : first + PACK]})
+            self.cache.put(made)
+            entries |= made
+        return {name: torch.stack([entries[key][name] for key in keys]) for name in sorted(entries[keys[0]])}
+
+    def _encode_captions(self, rows: dict[str, torch.Tensor]) -> dict[str, Entry]:
+        """What is made of captions' token ids, by key; groups are filled up as those of pictures are, and for the same reason."""
+        keys, made = list(rows), dict[str, Entry]()
+        for first in range(0, len(keys), CAPTIONS_TOGETHER):
+            some = keys[first : first + CAPTIONS_TOGETHER]
+            group = [rows[key] for key in some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))]
+            told = components.encode_tokens(self.parts, torch.stack(group), self.device)
+            made |= {
+                key: {name: tensor[row].cpu().clone() for name, tensor in told.items()} for row, key in enumerate(some)
+            }
+        return made

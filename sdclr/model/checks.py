@@ -1,0 +1,213 @@
+"""Is this a model that can be trained? Asked of its files before any weight is read, and of its parts once they are there."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from sdclr.config.schema import ModelSection
+from sdclr.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    from sdclr.model.components import Components
+
+INDEX = "model_index.json"
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+XL_PARTS = ("tokenizer_2", "text_encoder_2")
+"""What SDXL has besides: a second text encoder, which also sums a caption up in one vector (Podell 2023, arXiv 2307.01952, section 2.1)."""
+WEIGHTS = {
+    "text_encoder": "model",
+    "text_encoder_2": "model",
+    "vae": "diffusion_pytorch_model",
+    "unet": "diffusion_pytorch_model",
+}
+"""The stem of each part's weights file in a diffusers folder."""
+CONFIGS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0")
+"""Where a single file may take its configs from: Stable Diffusion 1.x, SDXL."""
+MODEL_HINT = "model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 or stabilityai/stable-diffusion-xl-base-1.0"
+
+
+def check(config: ModelSection) -> None:
+    """Look at the names and sizes of a local model's files; reads no weights. Raises InputError with every problem."""
+    base = config.base
+    path = Path(base)
+    if base.endswith((".ckpt", ".pt", ".pth", ".bin")):
+        raise InputError(
+            f"model.base {base}: is a pickle, which can run any code when it is opened, so sdclr never opens one",
+            hint="get the .safetensors of the same model, or convert it in a sandbox and name the result",
+        )
+    if base.endswith(".safetensors"):
+        if not path.is_file():
+            raise InputError(f"model.base {base}: there is no such file", hint=MODEL_HINT)
+        return
+    if path.is_dir():
+        found = problems_of(path)
+        if found:
+            raise InputError("\n".join(found), hint=MODEL_HINT)
+    elif path.exists() or not looks_like_hub_id(base):
+        raise InputError(
+            f"model.base {base}: there is no such folder, and it is not a hub id (owner/name)", hint=MODEL_HINT
+        )
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """Whether a name that is no local path may be looked up on the hub: exactly owner/name."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parts[0].startswith(".")
+
+
+def is_xl(index: dict[str, Any]) -> bool:
+    """Whether a model_index.json is of SDXL."""
+    return _has(index, "text_encoder_2")
+
+
+def parts_of(index: dict[str, Any]) -> tuple[str, ...]:
+    """The folders that a model with this model_index.json has."""
+    return (*PARTS, *XL_PARTS) if is_xl(index) else PARTS
+
+
+def refuse_untrainable(config: ModelSection, source: str, index: Any) -> None:
+    """Raise InputError where the model_index.json in `source` is of a model that is not trained here, or not in what the config names."""
+    if not isinstance(index, dict):
+        raise InputError(f"model {source}: its {INDEX} is not a JSON object", hint=MODEL_HINT)
+    if "unet" not in index or (is_xl(index) and not _has(index, "text_encoder")):
+        what = "SDXL's refiner" if "unet" in index else index.get("_class_name", "no pipeline")
+        raise InputError(
+            f"model {source}: is {what}; sdclr trains Stable Diffusion 1.x, 2.x and SDXL's base model", hint=MODEL_HINT
+        )
+    if is_xl(index) and "text_encoder" in config.train:
+        raise InputError(
+            f"model.train {list(config.train)}: {config.base} is an SDXL, and sdclr trains the UNet of those alone",
+            hint="set model.train: [unet]",
+        )
+
+
+def refuse_other_kind(config: ModelSection, index: dict[str, Any]) -> None:
+    """Raise InputError where a single file is SDXL and its model.config is not, or the other way round."""
+    with safe_open(config.base, framework="pt") as file:
+        names = list(file.keys())
+    second = any(name.startswith("conditioner.embedders.1.") for name in names)
+    if second != is_xl(index) and any(name.startswith("model.diffusion_model.") for name in names):
+        kinds = ("Stable Diffusion 1.x or 2.x", "SDXL")
+        raise InputError(
+            f"model.base {config.base}: is of {kinds[second]}, and model.config {config.config} of {kinds[not second]}",
+            hint=f"name a model of the same kind as model.config, such as {CONFIGS[second]}",
+        )
+
+
+def _has(index: dict[str, Any], part: str) -> bool:
+    """Whether a model_index.json names a part; [null, null] says that there is none."""
+    named = index.get(part)
+    return named is not None and named != [None, None]
+
+
+def refuse_missing(where: str, names: Iterable[str]) -> None:
+    """Raise InputError for weights that a file lacks. The libraries fill what is missing with random numbers, and only warn."""
+    missing = sorted(names)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise InputError(f"model.base {where} lack {', '.join(missing[:3])}{more}", hint=MODEL_HINT)
+
+
+def refuse_misfits(base: str, parts: Components) -> None:
+    """Raise InputError where two networks do not fit together by their configs, or the VAE's latents are scaled in a way not done here."""
+    _refuse(base, _misfits(parts))
+
+
+def refuse_odd_tokens_and_noise(base: str, parts: Components) -> None:
+    """Raise InputError where tokenizers do not fit the text encoders or one another, or noise is not that of Stable Diffusion."""
+    _refuse(base, [*_odd_tokens(parts), *_odd_noise(parts)])
+
+
+def _refuse(base: str, problems: Iterable[str]) -> None:
+    lines = [f"model.base {base}: {problem}" for problem in problems]
+    if lines:
+        raise InputError("\n".join(lines), hint=MODEL_HINT)
+
+
+def _misfits(parts: Components) -> Iterator[str]:
+    unet, vae, second = parts.unet.config, parts.vae.config, parts.text_encoder_2
+    told, wanted = unet.addition_embed_type, "text_time" if parts.is_xl else None
+    if told != wanted:
+        yield f"its UNet is told {told or 'nothing'} besides the caption, and sdclr would tell it {wanted or 'nothing'}"
+    elif second is not None:
+        size = second.config.projection_dim + 6 * unet.addition_time_embed_dim
+        if size != unet.projection_class_embeddings_input_dim:
+            yield f"its second text encoder and six sizes give {size} numbers a caption, its UNet wants {unet.projection_class_embeddings_input_dim}"
+    width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
+    if width != unet.cross_attention_dim:
+        its = "its text encoders give" if parts.is_xl else "its text encoder gives"
+        yield f"{its} {width} numbers a token, its UNet wants {unet.cross_attention_dim}"
+    channels = vae.latent_channels
+    if channels != unet.in_channels:
+        yield f"its VAE has {channels} latent channels, its UNet takes {unet.in_channels} (inpainting and depth models are not supported)"
+    if vae.get("latents_mean") or vae.get("latents_std"):
+        yield "its VAE shifts each channel of the latents (latents_mean, latents_std), which sdclr does not do"
+
+
+def _odd_tokens(parts: Components) -> Iterator[str]:
+    tokenizers = [tokenizer for tokenizer in (parts.tokenizer, parts.tokenizer_2) if tokenizer is not None]
+    for which, tokenizer, encoder in zip(("", "second "), tokenizers, parts.text_encoders, strict=False):
+        words, known = len(tokenizer), encoder.config.vocab_size
+        if words > known:
+            yield f"its {which}tokenizer has {words} tokens, its {which}text encoder knows {known}"
+    lengths = [str(tokenizer.model_max_length) for tokenizer in tokenizers]
+    if len(set(lengths)) > 1:
+        yield f"its tokenizers cut captions at {' and '.join(lengths)} tokens, and its UNet wants both alike"
+
+
+def _odd_noise(parts: Components) -> Iterator[str]:
+    kind = parts.noise_scheduler.config.prediction_type
+    if kind not in ("epsilon", "v_prediction"):
+        yield f"its scheduler predicts {kind!r}; sdclr trains epsilon and v_prediction models"
+    if not hasattr(parts.sampler.config, "beta_schedule"):
+        yield f"its scheduler {type(parts.sampler).__name__} has no beta_schedule; sdclr trains models with one"
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is missing or damaged in a diffusers folder, a line each."""
+    if not (folder / INDEX).is_file():
+        return [f"model.base {folder}: is not a diffusers folder ({INDEX} is missing)"]
+    found = _json_problems(folder / INDEX)
+    if found:
+        return found
+    parts = parts_of(json.loads((folder / INDEX).read_bytes()))
+    found = [f"model.base {folder}: its part {part}/ is missing" for part in parts if not (folder / part).is_dir()]
+    for part in (part for part in parts if (folder / part).is_dir()):
+        if part.startswith("tokenizer"):
+            if not any((folder / part / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+                found.append(f"{folder / part}: has neither tokenizer.json nor vocab.json")
+        elif part in WEIGHTS:
+            found += _weights_problems(folder / part, WEIGHTS[part])
+    return found
+
+
+def _weights_problems(folder: Path, stem: str) -> list[str]:
+    config = folder / "config.json"
+    found = _json_problems(config) if config.is_file() else [f"{folder}: config.json is missing"]
+    files = list(folder.glob(f"{stem}*.safetensors"))
+    if not files:
+        pickled = any(folder.glob(f"{stem}*.bin"))
+        only = ", only a pickle (.bin), which is never opened" if pickled else ""
+        found.append(f"{folder}: has no {stem}.safetensors{only}")
+    return [*found, *(problem for file in files for problem in _header_problems(file))]
+
+
+def _json_problems(path: Path) -> list[str]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        return [f"{path}: is not JSON ({first_line(error)})"]
+    return [] if isinstance(value, dict) else [f"{path}: is not a JSON object"]
+
+
+def _header_problems(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt"):
+            return []
+    except (OSError, SafetensorError) as error:
+        return [f"{path}: is damaged or not safetensors ({first_line(error)})"]
