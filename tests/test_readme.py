@@ -146,18 +146,28 @@ def test_no_null_was_conclusive_and_all_gave_the_right_reason():
 
 
 def test_the_table_of_rivals_is_the_last_run_of_the_bench():
-    found: dict[str, list[dict[str, Any]]] = {}
-    for record in stored("narrow")["rivals"]:
-        found.setdefault(record["rival"], []).append(record)
-    table = README[README.index("| rival |") :].splitlines()[2 : 2 + len(found)]
-    for row, (name, records) in zip(table, found.items(), strict=True):
-        _, ratio, regret = (cell.strip() for cell in row.strip("|").split("|"))
-        away = [record["decades_from_ceiling"] for record in records if "decades_from_ceiling" in record]
-        assert ratio == "−" if not away else float(ratio) == pytest.approx(10 ** statistics.median(away), rel=0.05), (
-            name
-        )
-        median = statistics.median(record["final_regret"] for record in records)
-        assert regret == f"{100 * median:.0f} %".replace("-", "−"), name
+    header, _, *lines = README[README.index("| rival |") :].splitlines()
+    cases = re.findall("`([a-z0-9-]+)`", header)
+    assert set(cases) == {case for case in CASES if stored(case).get("rivals")}
+    names = list(dict.fromkeys(record["rival"] for record in stored("narrow")["rivals"]))
+
+    def median(case: str, name: str, key: str) -> float | None:
+        found = [r.get(key) for r in stored(case)["rivals"] if r["rival"] == name]
+        assert len(found) == 3, (case, name)
+        return None if None in found else statistics.median(found)
+
+    def percent(regret: float | None) -> str:
+        assert regret is not None
+        return f"{100 * regret:.0f} %".replace("-", "−")
+
+    for line, name in zip(lines, names, strict=False):
+        _, ratio, *regrets = (cell.strip() for cell in line.strip("|").split("|"))
+        away = [10**x for case in cases if (x := median(case, name, "decades_from_ceiling")) is not None]
+        assert ratio == (f"{min(away):.2g} to {max(away):.2g}" if away else "−"), name
+        assert regrets == [percent(median(case, name, "final_regret")) for case in cases], name
+    assert f"on `object`, whose best run has {stored('object')['rivals'][0]['steps']} steps" in WORDS
+    ours = [cell.strip() for cell in lines[len(names)].strip("|").split("|")]
+    assert ours[2:] == [percent(stored(case)["summary"]["final_regret"]) for case in cases]
 
 
 def test_what_is_said_of_eight_pictures_is_what_the_bench_found():

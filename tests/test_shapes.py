@@ -73,7 +73,7 @@ def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
     for part, key in (("text_encoder", "text"), ("text_encoder_2", "second")):
         if key in shape:
             CLIPTextConfig(max_position_embeddings=77, **shape[key]).save_pretrained(folder / part)
-            index[part] = ["transformers", "CLIPTextModel"]
+            index[part] = ["transformers", "CLIPTextModel" + "WithProjection" * (key == "second")]
     (folder / "model_index.json").write_text(json.dumps(index))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -21,9 +22,13 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     if images is not None and not images.is_dir():
         raise InputError(f"{images}: there is no such folder of pictures")
     name = re.sub(r"[^\w.@+-]+", "-", images.resolve().name if images else "my-run").strip("-.")[:100] or "my-run"
-    text = commented(
-        {"run.name": name, "model.base": base, "data.images": str(images or "path/to/pictures"), "schedule.cycles": 4}
-    )
+    given = {
+        "run.name": name,
+        "model.base": base,
+        "data.images": str(images or "path/to/pictures"),
+        "schedule.cycles": 4,
+    }
+    text = commented(given | {"data.resolution": _resolution(base)})
     if stdout:
         return console.result(text)
     try:
@@ -37,6 +42,15 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
     console.result(str(output))
     console.say(f"next: sdclr check {output}, then sdclr range-test {output}")
+
+
+def _resolution(base: str) -> int:
+    """The side of the pictures that a model was made for: of a local one as its configs say it, of another as its name does."""
+    try:
+        unet, vae = (json.loads((Path(base) / part / "config.json").read_bytes()) for part in ("unet", "vae"))
+        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1024 if re.search("xl", Path(base).name, re.IGNORECASE) else 512
 
 
 def commented(given: dict[str, Any]) -> str:

@@ -88,7 +88,7 @@ def range_test(
         with StopRequest() as stop, console.progress("range test", total=None) as bar:
             bench = make_pool(run, loaded, folder.range_test / "arms", deadline, stop, bar.advance)
             if legacy:
-                return console.result(_legacy(bench, legacy, stop, config_path))
+                return console.result(_legacy(bench, legacy, stop, loaded.typed))
             findings = measure(bench, config.range_test)
         result = as_result(findings, bench, config, trained)
         together.on_main(lambda: _write(folder, bench, result, config))
@@ -97,7 +97,7 @@ def range_test(
         console.paragraphs(explain.range_test(result))
     if stop.heard_by_any(together):
         raise stop.interrupted(
-            "the range test reported what its finished arms support", f"sdclr range-test {config_path}"
+            "the range test reported what its finished arms support", f"sdclr range-test {loaded.typed}"
         )
     if result["verdict"] != "conclusive":
         texts = "; ".join(r["text"] for r in result["reasons"])
@@ -271,13 +271,13 @@ def _arm(bench: Pool, lr: float, target: float) -> Measured:
     )
 
 
-def _legacy(bench: Pool, kind: str, stop: StopRequest, config_path: Path) -> str:
+def _legacy(bench: Pool, kind: str, stop: StopRequest, typed: str) -> str:
     from sdclr.engine.arms import OutOfTime
 
     try:
         return legacy_ramp(bench, kind)
     except OutOfTime:
-        what, again = "stopped before the ramp was finished", f"sdclr range-test {config_path} --legacy {kind}"
+        what, again = "stopped before the ramp was finished", f"sdclr range-test {typed} --legacy {kind}"
         raise stop.interrupted(what, again) if stop.requested else Inconclusive(what, again) from None
 
 

@@ -53,7 +53,7 @@ def sample(
             columns += _columns_of_run(folder, folder.name if len(folders) > 1 else None)
     if len(columns) == 1:
         raise InputError(
-            f"{config.folder}: holds no checkpoint to draw", hint=f"train first: sdclr train {config_path}"
+            f"{config.folder}: holds no checkpoint to draw", hint=f"train first: sdclr train {loaded.typed}"
         )
     target = output or RunFolder(config.folder).samples
     pictures = draw_missing(config, columns, target / "cells")

@@ -40,12 +40,12 @@ def train(
         """Where the run goes on from, once everything that speaks against starting it has been looked for."""
         from sdclr.engine import resuming
 
-        start = resuming.resume_point(folder, checkpoint, config_path) if resume else None
+        start = resuming.resume_point(folder, checkpoint, loaded.typed) if resume else None
         if start:
             resuming.refuse_other_mathematics(folder, config, plan, start, overrides)
             resuming.refuse_other_inputs(start, config, inputs)
         else:
-            resuming.refuse_to_overwrite(folder, config_path)
+            resuming.refuse_to_overwrite(folder, loaded.typed)
         write_text(folder.config, source.dump(config))
         return start
 
@@ -56,10 +56,10 @@ def train(
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
         say_memory(config, inputs)
         session = Session(config, plan, folder, inputs)
-        session.train(start, config_path)
+        session.train(start, loaded.typed)
         session.finish()
     console.result(str(folder.final))
-    console.say(f"curves: {folder.report}; compare the kept states: sdclr sample {config_path}")
+    console.say(f"curves: {folder.report}; compare the kept states: sdclr sample {loaded.typed}")
 
 
 def resolved(config: RunConfig, plan: Plan) -> RunConfig:
@@ -94,7 +94,7 @@ class Session:
 
     # The story ----------------------------------------------------------------------------------------------------------------
 
-    def train(self, start: Checkpoint | None, config_path: Path) -> None:
+    def train(self, start: Checkpoint | None, typed: str) -> None:
         """Step by step to the plan's end; what is due is looked at and kept.
 
         A save that fails midway is only said, for the run can go on from the checkpoint before; the last one must succeed.
@@ -129,7 +129,7 @@ class Session:
                     if asked and not last:
                         raise stop.interrupted(
                             f"stopped after step {result.step} of {plan.steps}, which is saved",
-                            f"sdclr train {config_path} --resume",
+                            f"sdclr train {typed} --resume",
                         )
                     if early:
                         console.say(

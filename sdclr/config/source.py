@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ class LoadedConfig:
     config: RunConfig
     source: str
     marks: dict[Path_, str]
+    overrides: tuple[str, ...] = ()
+
+    @property
+    def typed(self) -> str:
+        """The file and every --set as the user typed them, for the commands that hints name."""
+        return shlex.join([self.source, *(word for override in self.overrides for word in ("--set", override))])
 
     def problem(self, location: str, message: str) -> str:
         """`file:line:column: section.key message`, for problems that only the data can show."""
@@ -73,7 +80,7 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> LoadedConfig:
             sorted(dict.fromkeys(found), key=_reading_order),
             hint=f"see every key with its meaning: sdclr init --stdout; then: sdclr check {source}",
         )
-    return LoadedConfig(config, source, marks)
+    return LoadedConfig(config, source, marks, tuple(overrides))
 
 
 def dump(config: RunConfig) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -33,6 +35,14 @@ class Encoded:
     captions: dict[str, torch.Tensor]
 
 
+def _settings(model: Any) -> str:
+    """A transformers model's config, but for what has no part in what it computes."""
+    found = {key: value for key, value in model.config.to_dict().items() if not key.startswith("_")}
+    return json.dumps(
+        {key: found[key] for key in sorted(found) if key not in ("dtype", "transformers_version")}, default=str
+    )
+
+
 def pictures_together(resolution: int) -> int:
     """Pictures in one pass of the VAE: small ones go faster in company, large ones do not."""
     return max(1, min(8, 8 * 64**2 // resolution**2))
@@ -50,11 +60,7 @@ class Encoder:
         self.text_key = [
             value
             for encoder in parts.text_encoders
-            for value in (
-                weights_hash(encoder.named_parameters()),
-                encoder.config.hidden_act,
-                encoder.config.eos_token_id,
-            )
+            for value in (weights_hash(encoder.named_parameters()), _settings(encoder))
         ]
 
     def encode(self, pairs: tuple[Pair, ...], views: list[View]) -> Encoded:

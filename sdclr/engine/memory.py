@@ -208,7 +208,10 @@ class _Work:
         self.config, self.where, self.precision = config, where, precision
         with torch.device(where):
             self.parts = components.skeleton(config.model)
-        components.prepare_for_training(self.parts, config.model, torch.device(where))
+        counted = config.model.model_copy(
+            update={"attention": "sdpa"}
+        )  # both keep the same; whether xformers runs is for the run to say
+        components.prepare_for_training(self.parts, counted, torch.device(where))
         self.trained = list(self.parts.trainable(config.model.train).values())
         vae, unet = self.parts.vae.config, self.parts.unet.config
         side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)

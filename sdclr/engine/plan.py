@@ -121,7 +121,7 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
     max_lr = config.schedule.max_lr
     if max_lr == "auto" or config.train.steps == "auto":
         if measured is None:
-            raise InputError(_no_range_test(config, inputs), hint=f"measure it first: sdclr range-test {loaded.source}")
+            raise InputError(_no_range_test(config, inputs), hint=f"measure it first: sdclr range-test {loaded.typed}")
         if measured[1]["verdict"] != "conclusive":
             raise InputError(
                 f"{measured[0]}: the newest fitting range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",

@@ -19,12 +19,12 @@ NEVER = ("run.seed", "model.", "data.", "validation.fraction", "optimizer.name",
 """Keys that no resumed run can change, not even when asked: it would be another run."""
 
 
-def resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Checkpoint:
-    """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh."""
+def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoint:
+    """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh; `typed` is for its hints."""
     if named:
         number = named.name.partition("-")[2]
         if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
-            fresh = f"this run has none to go on from; begin it: sdclr train {config_path}"
+            fresh = f"this run has none to go on from; begin it: sdclr train {typed}"
             what = (
                 f"is not a checkpoint to resume from ({FULL}-000400)" if named.exists() else "there is no such folder"
             )
@@ -32,14 +32,14 @@ def resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Ch
         if named.resolve().parent != folder.checkpoints.resolve():
             raise CheckpointError(
                 f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
-                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+                hint=f"take the newest whole one: sdclr train {typed} --resume",
             )
         checkpoint = Checkpoint(named, FULL, int(number))
         problems = verify(checkpoint)
         if problems:
             raise CheckpointError(
                 f"{named}: is damaged: {'; '.join(problems)}",
-                hint=f"take the newest whole one: sdclr train {config_path} --resume",
+                hint=f"take the newest whole one: sdclr train {typed} --resume",
             )
         return checkpoint
     found, skipped = newest_sound(folder.checkpoints)
@@ -52,12 +52,12 @@ def resume_point(folder: RunFolder, named: Path | None, config_path: Path) -> Ch
         )
     if found is None:
         raise CheckpointError(
-            f"{folder.checkpoints}: holds no checkpoint to resume from", hint=f"start it: sdclr train {config_path}"
+            f"{folder.checkpoints}: holds no checkpoint to resume from", hint=f"start it: sdclr train {typed}"
         )
     return found
 
 
-def refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
+def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:
     """A `best` alone is the trace of a first save that was cut short: it comes before the state to resume from."""
     if folder.final.exists():
         raise InputError(
@@ -67,7 +67,7 @@ def refuse_to_overwrite(folder: RunFolder, config_path: Path) -> None:
     if available(folder.checkpoints, (FULL, TROUGH)):
         raise InputError(
             f"{folder.path}: holds an unfinished run",
-            hint=f"go on with it: sdclr train {config_path} --resume  (or --set run.name=...)",
+            hint=f"go on with it: sdclr train {typed} --resume  (or begin another: --set run.name=...)",
         )
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Sample
 from sdclr.data.dataset import View, views
+from sdclr.data.pairs import printable
 from sdclr.engine import graph, optimizers, sharding
 from sdclr.engine.encoding import Encoded, Encoder
 from sdclr.engine.graph import Graph
@@ -69,6 +70,7 @@ class Run:
             raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model)
+        self._say_what_is_cut()
         self._encoder = Encoder(config, self.parts, self.device)
         self._encode()
         components.prepare_for_training(self.parts, config.model, self.device)
@@ -158,6 +160,22 @@ class Run:
         if inputs.split != self.inputs.split:
             other._encode()
         return other
+
+    def _say_what_is_cut(self) -> None:
+        """Name the captions that are longer than the model reads."""
+        if not self.processes.main:
+            return
+        pairs = (*self.inputs.split.train, *self.inputs.split.validation)
+        cut = components.cut_captions(self.parts, {pair.caption for pair in pairs})
+        named = [printable(pair.path) for pair in pairs if pair.caption in cut]
+        if named:
+            length, more = (
+                self.parts.tokenizer.model_max_length,
+                f" and {len(named) - 3} more" if len(named) > 3 else "",
+            )
+            console.warn(
+                f"captions are cut at the {length} tokens that this model reads: of {', '.join(named[:3])}{more}"
+            )
 
     def _encode(self) -> None:
         data, held = self.config.data, self.inputs.split.validation

@@ -72,18 +72,29 @@ def parts_of(index: dict[str, Any]) -> tuple[str, ...]:
 
 def refuse_untrainable(config: ModelSection, source: str, index: Any) -> None:
     """Raise InputError where the model_index.json in `source` is of a model that is not trained here, or not in what the config names."""
-    if not isinstance(index, dict):
-        raise InputError(f"model {source}: its {INDEX} is not a JSON object", hint=MODEL_HINT)
-    if "unet" not in index or (is_xl(index) and not _has(index, "text_encoder")):
-        what = "SDXL's refiner" if "unet" in index else index.get("_class_name", "no pipeline")
-        raise InputError(
-            f"model {source}: is {what}; sdclr trains Stable Diffusion 1.x, 2.x and SDXL's base model", hint=MODEL_HINT
-        )
+    problem = _not_trained(index)
+    if problem:
+        raise InputError(f"model {source}: {problem}", hint=MODEL_HINT)
     if is_xl(index) and "text_encoder" in config.train:
         raise InputError(
             f"model.train {list(config.train)}: {config.base} is an SDXL, and sdclr trains the UNet of those alone",
             hint="set model.train: [unet]",
         )
+
+
+def _not_trained(index: Any) -> str | None:
+    """Why a model with this model_index.json is not trained here."""
+    if not isinstance(index, dict):
+        return f"its {INDEX} is not a JSON object"
+    named = "sdclr trains Stable Diffusion 1.x, 2.x and SDXL's base model"
+    if not _has(index, "unet"):
+        return f"its {INDEX} ({index.get('_class_name', 'of no class')}) names no unet; {named}"
+    if is_xl(index) and not _has(index, "text_encoder"):
+        return f"is SDXL's refiner (its {INDEX} names no text_encoder); {named}"
+    second = index.get("text_encoder_2")
+    if is_xl(index) and second != ["transformers", "CLIPTextModelWithProjection"]:
+        return f"its second text encoder is {second}, and SDXL's is a CLIPTextModelWithProjection; {named}"
+    return None
 
 
 def refuse_other_kind(config: ModelSection, index: dict[str, Any]) -> None:
@@ -138,6 +149,9 @@ def _misfits(parts: Components) -> Iterator[str]:
         size = second.config.projection_dim + 6 * unet.addition_time_embed_dim
         if size != unet.projection_class_embeddings_input_dim:
             yield f"its second text encoder and six sizes give {size} numbers a caption, its UNet wants {unet.projection_class_embeddings_input_dim}"
+    for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type"):
+        if unet.get(key) is not None:
+            yield f"its UNet wants to be told more than Stable Diffusion's ({key}: {unet[key]})"
     width = sum(encoder.config.hidden_size for encoder in parts.text_encoders)
     if width != unet.cross_attention_dim:
         its = "its text encoders give" if parts.is_xl else "its text encoder gives"
@@ -155,6 +169,14 @@ def _odd_tokens(parts: Components) -> Iterator[str]:
         words, known = len(tokenizer), encoder.config.vocab_size
         if words > known:
             yield f"its {which}tokenizer has {words} tokens, its {which}text encoder knows {known}"
+        length, most = tokenizer.model_max_length, encoder.config.max_position_embeddings
+        if length > most:
+            cut = (
+                f"cuts captions at {length} tokens"
+                if length < 10**6
+                else "cuts captions nowhere (tokenizer_config.json has no model_max_length)"
+            )
+            yield f"its {which}tokenizer {cut}, its {which}text encoder holds {most}"
     lengths = [str(tokenizer.model_max_length) for tokenizer in tokenizers]
     if len(set(lengths)) > 1:
         yield f"its tokenizers cut captions at {' and '.join(lengths)} tokens, and its UNet wants both alike"
@@ -175,7 +197,11 @@ def problems_of(folder: Path) -> list[str]:
     found = _json_problems(folder / INDEX)
     if found:
         return found
-    parts = parts_of(json.loads((folder / INDEX).read_bytes()))
+    index = json.loads((folder / INDEX).read_bytes())
+    problem = _not_trained(index)
+    if problem:
+        return [f"model.base {folder}: {problem}"]
+    parts = parts_of(index)
     found = [f"model.base {folder}: its part {part}/ is missing" for part in parts if not (folder / part).is_dir()]
     for part in (part for part in parts if (folder / part).is_dir()):
         if part.startswith("tokenizer"):
@@ -191,7 +217,7 @@ def _weights_problems(folder: Path, stem: str) -> list[str]:
     found = _json_problems(config) if config.is_file() else [f"{folder}: config.json is missing"]
     files = list(folder.glob(f"{stem}*.safetensors"))
     if not files:
-        pickled = any(folder.glob(f"{stem}*.bin"))
+        pickled = any(folder.glob("*.bin"))
         only = ", only a pickle (.bin), which is never opened" if pickled else ""
         found.append(f"{folder}: has no {stem}.safetensors{only}")
     return [*found, *(problem for file in files for problem in _header_problems(file))]

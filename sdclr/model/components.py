@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ import transformers
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
-    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -127,14 +128,13 @@ def load(config: ModelSection) -> Components:
             index = _index(config)
             read = _from_single_file if config.base.endswith(".safetensors") else _from_folder_or_hub
             parts = read(config, index)
+            checks.refuse_misfits(config.base, parts)
+            checks.refuse_odd_tokens_and_noise(config.base, parts)
     except SdclrError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise InputError(f"model.base {config.base}: cannot be loaded: {first_line(error)}", hint=MODEL_HINT) from error
-    _freeze(parts)
-    checks.refuse_misfits(config.base, parts)
-    checks.refuse_odd_tokens_and_noise(config.base, parts)
-    return parts
+    except Exception as error:  # the libraries raise many kinds for files that are not what they should be
+        raise InputError(f"model.base {config.base}: cannot be loaded: {_said(error)}", hint=_hint(config)) from error
+    return _frozen(parts)
 
 
 def skeleton(config: ModelSection) -> Components:
@@ -154,17 +154,33 @@ def skeleton(config: ModelSection) -> Components:
                 part: kind(CLIPTextConfig.from_pretrained(base, subfolder=part, **options))
                 for part, kind in _text_encoders(index).items()
             }
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise InputError(f"model {base}: its configs cannot be read: {first_line(error)}", hint=MODEL_HINT) from error
-    parts = Components(tokenizer=nothing, vae=vae, unet=unet, noise_scheduler=nothing, sampler=nothing, **texts)
-    _freeze(parts)
-    checks.refuse_misfits(config.base, parts)
+            parts = Components(tokenizer=nothing, vae=vae, unet=unet, noise_scheduler=nothing, sampler=nothing, **texts)
+            checks.refuse_misfits(config.base, parts)
+    except SdclrError:
+        raise
+    except Exception as error:  # as above
+        raise InputError(f"model {base}: its configs cannot be read: {_said(error)}", hint=_hint(config)) from error
+    return _frozen(parts)
+
+
+def _frozen(parts: Components) -> Components:
+    for module in parts.networks.values():
+        module.requires_grad_(False).eval()
     return parts
 
 
-def _freeze(parts: Components) -> None:
-    for module in parts.networks.values():
-        module.requires_grad_(False).eval()
+def _said(error: Exception) -> str:
+    """A library's error in one line; with the next where the first only announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300] if lines and lines[0].endswith(":") else first_line(error)
+
+
+def _hint(config: ModelSection) -> str:
+    """What to do about a model that cannot be loaded."""
+    place = config.config or config.base
+    if Path(place).exists():
+        return MODEL_HINT
+    return f"{place} is looked for on the hub: is the name right, is there a network, does the model ask for a login (hf auth login)?"
 
 
 def without_weights(model: Any) -> Any:
@@ -275,6 +291,19 @@ def encode_tokens(parts: Components, tokens: torch.Tensor, device: torch.device)
     return {"encoder_hidden_states": hidden, "text_embeds": read[1].text_embeds}
 
 
+def cut_captions(parts: Components, captions: Iterable[str]) -> set[str]:
+    """Those captions that are longer than one of the model's tokenizers reads."""
+    tokenizers = [tokenizer for tokenizer in (parts.tokenizer, parts.tokenizer_2) if tokenizer is not None]
+    with quiet_libraries():
+        return {caption for caption in captions if any(_is_cut(caption, tokenizer) for tokenizer in tokenizers)}
+
+
+def _is_cut(caption: str, tokenizer: CLIPTokenizer) -> bool:
+    most = tokenizer.model_max_length
+    at_most = len(caption.encode()) + 2  # a token is a byte at least; two mark start and end
+    return at_most > most and len(tokenizer(caption).input_ids) > most
+
+
 def what_encodes(vae: AutoencoderKL) -> Iterator[tuple[str, torch.Tensor]]:
     """The weights that latents depend on, by name: the VAE's other half decodes, and need not even be read from disk to train."""
     return ((n, p) for n, p in vae.named_parameters() if not n.startswith(("decoder.", "post_quant_conv.")))
@@ -307,7 +336,8 @@ def _index(config: ModelSection) -> dict[str, Any]:
         raise InputError(
             f"model.config {source}: there is no such folder, and it is not a hub id (owner/name)", hint=MODEL_HINT
         )
-    index: dict[str, Any] = DiffusionPipeline.load_config(source, local_files_only=local)
+    file = Path(source) / checks.INDEX if local else hf_hub_download(source, checks.INDEX)
+    index: dict[str, Any] = json.loads(Path(file).read_bytes())
     checks.refuse_untrainable(config, source, index)
     return index
 
@@ -324,12 +354,12 @@ def _from_folder_or_hub(config: ModelSection, index: dict[str, Any]) -> Componen
     weights = {"use_safetensors": True, "output_loading_info": True, **options}
     ours = {**weights, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     loaded = {
-        part: kind.from_pretrained(base, subfolder=part, dtype=torch.float32, **weights)
+        part: kind.from_pretrained(base, subfolder=part, variant=_variant(base, part), dtype=torch.float32, **weights)
         for part, kind in _text_encoders(index).items()
     }
     loaded |= {
-        "vae": AutoencoderKL.from_pretrained(base, subfolder="vae", **ours),
-        "unet": UNet2DConditionModel.from_pretrained(base, subfolder="unet", **ours),
+        "vae": AutoencoderKL.from_pretrained(base, subfolder="vae", variant=_variant(base, "vae"), **ours),
+        "unet": UNet2DConditionModel.from_pretrained(base, subfolder="unet", variant=_variant(base, "unet"), **ours),
     }
     for part, (_, info) in loaded.items():
         checks.refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
@@ -370,6 +400,13 @@ def _from_single_file(config: ModelSection, index: dict[str, Any]) -> Components
         zeros_for_no_caption=_zeros_for_no_caption(index),
         **read,
     )
+
+
+def _variant(base: str, part: str) -> str | None:
+    """`fp16` where a local folder holds a part's weights under that name alone, as many are downloaded."""
+    stem, folder = WEIGHTS[part], Path(base) / part
+    plain = any((folder / f"{stem}.{ending}").is_file() for ending in ("safetensors", "safetensors.index.json"))
+    return None if plain or not any(folder.glob(f"{stem}.fp16*.safetensors")) else "fp16"
 
 
 def _zeros_for_no_caption(index: dict[str, Any]) -> bool:

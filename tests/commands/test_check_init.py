@@ -141,6 +141,12 @@ def test_inits_config_loads_whatever_the_folder_is_called(tmp_path, name):
     assert config.data.images == folder
 
 
+def test_init_takes_the_resolution_of_the_model(tmp_path, pictures, model):
+    for base, side in ((str(model), 32), ("stabilityai/stable-diffusion-xl-base-1.0", 1024), ("a/stable-diffusion-v1-5", 512)):  # fmt: skip
+        init(pictures, base, tmp_path / f"{side}.yaml")
+        assert source.load(tmp_path / f"{side}.yaml").config.data.resolution == side
+
+
 def test_init_never_overwrites(tmp_path, pictures):
     path = tmp_path / "run.yaml"
     path.write_text("mine")

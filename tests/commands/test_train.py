@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 
 from sdclr.commands.train import train
+from sdclr.config import source
 from sdclr.engine.checkpoint import available, verify
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
 from sdclr.report import figures, metrics
@@ -239,7 +240,7 @@ def test_seven_steps_are_three_and_a_resumed_four_bit_for_bit(config, monkeypatc
     with pytest.raises(Interrupted, match="stopped after step 3 of 7") as problem:
         train(path, overrides)
     assert problem.value.exit_code == 143
-    assert "--resume" in str(problem.value.hint)
+    assert str(problem.value.hint) == f"sdclr train {source.load(path, overrides).typed} --resume"
     assert not (runs(path) / "final").exists()
     assert [c.step for c in available(runs(path) / "checkpoints", ("step",))] == [3]
     train(path, overrides, resume=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import shlex
 import string
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,12 @@ def test_set_writes_one_key_over_the_file_and_makes_missing_sections(read: Any) 
     assert config.sample.prompts == ("x", "y")
     assert config.data.flip
     assert config.data.images == Path("i")
+
+
+def test_a_command_in_a_hint_says_every_set_as_it_was_typed(read: Any) -> None:
+    typed = read(SOUND, "run.name=b", "sample.prompts=[x, it's y]").typed
+    assert typed == """c.yaml --set run.name=b --set 'sample.prompts=[x, it'"'"'s y]'"""
+    assert shlex.split(typed) == ["c.yaml", "--set", "run.name=b", "--set", "sample.prompts=[x, it's y]"]
 
 
 def test_the_last_set_of_a_key_wins_and_cures_the_file(read: Any) -> None:

@@ -165,17 +165,17 @@ def test_a_second_run_encodes_neither_pictures_nor_captions_again(path, monkeypa
 
 
 def test_models_that_share_a_cache_get_their_own_captions(path, xl, model, tmp_path):
-    """Another second encoder, another padding of the same, and Stable Diffusion 1 with the same first encoder."""
-    other, padded, plain = (
-        shutil.copytree(source_, tmp_path / name) for source_, name in ((xl, "other"), (xl, "padded"), (model, "plain"))
-    )
+    """Another second encoder, another setting or padding of the same, and Stable Diffusion 1 with the same first encoder."""
+    copies = {"other": xl, "padded": xl, "heads": xl, "plain": model}
+    other, padded, heads, plain = (shutil.copytree(folder, tmp_path / name) for name, folder in copies.items())
+    edit(heads / "text_encoder_2" / "config.json", num_attention_heads=4)
     file = other / "text_encoder_2" / "model.safetensors"
     save_file({name: tensor + 0.1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     tokenizer = CLIPTokenizer.from_pretrained(padded / "tokenizer_2")
     tokenizer.pad_token = "a"
     tokenizer.save_pretrained(padded / "tokenizer_2")
     shutil.copytree(xl / "text_encoder", plain / "text_encoder", dirs_exist_ok=True)
-    for folder in (xl, other, padded, plain):
+    for folder in (xl, other, padded, heads, plain):
         run = built(path(model=folder))
         tokens = components.tokenize(run.parts, [pair.caption for pair in run.train.pairs])
         for name, tensor in components.encode_tokens(run.parts, tokens, torch.device("cpu")).items():
@@ -375,7 +375,72 @@ def test_a_model_without_a_unet_is_refused_by_its_name(copy):
     index = json.loads((copy / "model_index.json").read_text())
     del index["unet"]
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
-    refused(copy, "is FluxPipeline; sdclr trains Stable Diffusion 1.x, 2.x and SDXL's base model")
+    refused(copy, r"model_index.json \(FluxPipeline\) names no unet; sdclr trains")
+
+
+def test_another_kind_of_second_text_encoder_is_refused(copy):
+    edit(copy / "model_index.json", text_encoder_2=["transformers", "T5EncoderModel"])
+    refused(copy, "its second text encoder is .*T5EncoderModel.*, and SDXL's is a CLIPTextModelWithProjection")
+
+
+def test_the_refiner_as_it_is_published_is_named(copy):
+    edit(copy / "model_index.json", text_encoder=[None, None], tokenizer=[None, None])
+    shutil.rmtree(copy / "text_encoder"), shutil.rmtree(copy / "tokenizer")
+    refused(copy, "is SDXL's refiner")
+
+
+@pytest.mark.parametrize("key", ["class_embed_type", "num_class_embeds"])
+def test_a_unet_that_wants_classes_is_refused(copy, key):
+    edit(copy / "unet" / "config.json", **{key: {"class_embed_type": "timestep", "num_class_embeds": 5}[key]})
+    refused(copy, f"more than Stable Diffusion's \\({key}|lack class_embedding")
+
+
+def test_a_tokenizer_that_cuts_nowhere_or_too_late_is_refused(copy):
+    for part in ("tokenizer", "tokenizer_2"):
+        edit(copy / part / "tokenizer_config.json", model_max_length=77)
+    refused(copy, "its second tokenizer cuts captions at 77 tokens, its second text encoder holds 16", read=True)
+    for part in ("tokenizer", "tokenizer_2"):
+        config = json.loads((copy / part / "tokenizer_config.json").read_text())
+        del config["model_max_length"]
+        (copy / part / "tokenizer_config.json").write_text(json.dumps(config))
+    refused(copy, "its tokenizer cuts captions nowhere", read=True)
+
+
+def test_weights_that_are_there_in_fp16_alone_are_read(copy, xl):
+    for part, stem in checks.WEIGHTS.items():
+        file = copy / part / f"{stem}.safetensors"
+        save_file(
+            {name: tensor.half() for name, tensor in load_file(file).items()},
+            file.with_suffix(".fp16.safetensors"),
+            metadata={"format": "pt"},
+        )
+        file.unlink()
+    ours, theirs = (components.load(section(folder)).networks for folder in (copy, xl))
+    for name, module in ours.items():
+        weights_ = theirs[name].state_dict()
+        assert all(
+            torch.equal(tensor, weights_[key].half().to(tensor.dtype)) for key, tensor in module.state_dict().items()
+        )
+
+
+def test_captions_that_are_cut_are_said(path, oblong, tmp_path, capsys):
+    folder = shutil.copytree(oblong, tmp_path / "long")
+    (folder / "picture-03.txt").write_text("a caption that is much longer than sixteen tokens of one letter each")
+    built(path(f"data: {{images: '{folder}', resolution: {SIDE}}}"))
+    said = "".join(capsys.readouterr().err.split())
+    assert "captionsarecutatthe16tokensthatthismodelreads:of" in said
+    assert "picture-03.png" in said and "picture-02" not in said
+
+
+@pytest.mark.parametrize("name", ["a LoRA", "a bare UNet", "a cut one"])
+def test_a_single_file_that_is_no_whole_model_is_refused(xl, tmp_path, name):
+    tensors = {
+        "a LoRA": {"lora_unet_down_blocks_0.alpha": torch.zeros(1)},
+        "a bare UNet": load_file(xl / "unet" / "diffusion_pytorch_model.safetensors"),
+        "a cut one": {name: tensor for name, tensor in sgm_layout(xl).items() if "embedders.1" not in name},
+    }
+    save_file(tensors[name], tmp_path / "model.safetensors")
+    refused(tmp_path / "model.safetensors", "cannot be loaded|lack|is of Stable Diffusion 1", read=True, config=str(xl))
 
 
 def test_models_of_another_kind_of_noise_or_latents_are_refused(copy):
