@@ -193,6 +193,8 @@ def test_what_is_said_of_eight_pictures_is_what_the_bench_found():
         ("throughput-cpu", "4", "4"),
         ("throughput-cpu", "16", "16"),
         ("throughput-cpu-full-size", "1", "1, Stable Diffusion 1.5's shape"),
+        ("throughput-cpu-xl", "1", "1, an SDXL of middle size"),
+        ("throughput-cpu-xl", "4", "4, an SDXL of middle size"),
     ],
 )
 def test_the_speed_table_is_the_last_run_of_the_bench(file, batch, row):

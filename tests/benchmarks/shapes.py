@@ -43,7 +43,7 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
                  "down_block_types": (CROSS, CROSS, CROSS, PLAIN), "up_block_types": (UP, UP_CROSS, UP_CROSS, UP_CROSS), "sample_size": 64},
         "vae": VAE, "text": CLIP_L,
     },
-    "middle-xl": {  # 130 million
+    "middle-xl": {  # 202 million
         "unet": {"block_out_channels": (160, 320, 640), "layers_per_block": 1, "cross_attention_dim": 512, "attention_head_dim": (5, 10, 20),
                  "transformer_layers_per_block": (1, 1, 4), "down_block_types": (PLAIN, CROSS, CROSS), "up_block_types": (UP_CROSS, UP_CROSS, UP),
                  "sample_size": 32, "projection_class_embeddings_input_dim": 256 + 6 * 256, **SIZES},
