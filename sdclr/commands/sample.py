@@ -15,7 +15,7 @@ from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.data.cache import key_of
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import model_fingerprint, noise_schedule
+from sdclr.engine.plan import model_fingerprint, model_settings
 from sdclr.errors import InputError
 from sdclr.report import console, figures, page
 
@@ -69,8 +69,8 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     s = config.sample
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
     base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
-    sampler = (noise_schedule(config.model), config.model.precision)  # auto is one precision on one machine
-    settings = (base, *sampler, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
+    computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
+    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     # By path, because two columns may hold the same weights: the best state is often a trough.
     missing = list({paths[cell]: cell for cell in reversed(wanted) if not _readable(paths[cell])}.values())

@@ -194,7 +194,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + _sampled(pair.path))
     return {
         "model": model_fingerprint(config.model.base),
-        "noise_schedule": noise_schedule(config.model),
+        "model_settings": model_settings(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
         "images": images.hexdigest(),
@@ -203,6 +203,10 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
     }
+
+
+BESIDE_WEIGHTS = ("model_index.json", "*/*config.json", "*/tokenizer.json", "*/vocab.json", "*/merges.txt")
+"""The files of a diffusers folder that hold no weights, and that what it computes depends on."""
 
 
 def model_fingerprint(base: str) -> str:
@@ -217,13 +221,18 @@ def model_fingerprint(base: str) -> str:
     return digest.hexdigest()
 
 
-def noise_schedule(model: ModelSection) -> str:
-    """Of a local model, a hash of its scheduler's config (what is predicted, from what noise); of a hub model, its id."""
+def model_settings(model: ModelSection) -> str:
+    """Of a local model, a hash of what lies beside its weights: configs, tokenizers, what is predicted from what noise; of a hub model, its id."""
     place = Path(model.config or model.base)
-    file = place / "scheduler" / "scheduler_config.json"
-    if file.is_file():
-        return hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    return "" if place.exists() else f"hub:{place}"
+    files = sorted({file for pattern in BESIDE_WEIGHTS for file in place.glob(pattern)} if place.is_dir() else ())
+    if not files:
+        return "" if place.exists() else f"hub:{place}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(
+            f"{file.relative_to(place).as_posix()}\x1f".encode() + hashlib.blake2b(file.read_bytes()).digest()
+        )
+    return digest.hexdigest()
 
 
 def _sampled(path: Path, blocks: int = 64, size: int = 4096) -> bytes:

@@ -102,9 +102,9 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
         clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
     if before.get("model") != now["model"]:
         clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
-    if before.get("noise_schedule") != now["noise_schedule"]:
+    if before.get("model_settings") != now["model_settings"]:
         place = config.model.config or config.model.base
-        clashes.append(f"{place}: its scheduler_config.json is not the one that the run was started with")
+        clashes.append(f"{place}: its configs or tokenizers are not those that the run was started with")
     if clashes:
         raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
 

@@ -260,15 +260,22 @@ def test_the_fingerprint_sees_one_changed_byte_of_a_picture_or_a_small_model(wri
     assert fingerprint(loaded.config, inputs) != before
 
 
-def test_the_fingerprint_sees_another_noise_schedule(write: Write) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "scheduler/scheduler_config.json", "model_index.json", "tokenizer/tokenizer.json", "text_encoder/config.json",
+        "tokenizer_2/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json",
+    ],
+)  # fmt: skip
+def test_the_fingerprint_sees_what_lies_beside_the_weights(write: Write, name: str) -> None:
     found = []
     for text in ("epsilon", "v_prediction"):
-        file = Path("base/scheduler/scheduler_config.json")
+        file = Path("base") / name
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps({"prediction_type": text}))
+        file.write_text(text)
         found.append(fingerprint(write().config, read_inputs(write())))
     assert found[0] != found[1]
-    assert found[0] | {"noise_schedule": ""} == found[1] | {"noise_schedule": ""}
+    assert found[0] | {"model_settings": ""} == found[1] | {"model_settings": ""}
 
 
 def test_a_batch_larger_than_the_training_images_is_refused_at_its_cause(write: Write) -> None:
