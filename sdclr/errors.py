@@ -73,5 +73,6 @@ class Inconclusive(SdclrError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says first, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    """What an error says first, or its name; with the next line where the first only announces it."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    return (f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first)[:300]

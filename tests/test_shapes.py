@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import throughput  # noqa: E402
-from shapes import SHAPES  # noqa: E402
+from shapes import SHAPES, vae_of  # noqa: E402
 
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 """As diffusers counts those of the published models."""
@@ -63,12 +63,9 @@ def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
 
 def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
     """A diffusers folder without any weights."""
-    stages = len(shape["vae"]["block_out_channels"])
     with torch.device("meta"):
         UNet2DConditionModel(**shape["unet"]).save_config(folder / "unet")
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, latent_channels=4, **shape["vae"]
-        ).save_config(folder / "vae")  # fmt: skip
+        vae_of(shape).save_config(folder / "vae")
     index = {"unet": ["diffusers", "UNet2DConditionModel"]}
     for part, key in (("text_encoder", "text"), ("text_encoder_2", "second")):
         if key in shape:

@@ -26,9 +26,10 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
         "run.name": name,
         "model.base": base,
         "data.images": str(images or "path/to/pictures"),
+        "data.resolution": _resolution(base),
         "schedule.cycles": 4,
     }
-    text = commented(given | {"data.resolution": _resolution(base)})
+    text = commented(given)
     if stdout:
         return console.result(text)
     try:

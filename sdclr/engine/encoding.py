@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -57,11 +58,7 @@ class Encoder:
         self.cache = TensorCache(config.run.output_dir / ".cache")
         self.together = pictures_together(config.data.resolution)
         self.vae_key = (weights_hash(components.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
-        self.text_key = [
-            value
-            for encoder in parts.text_encoders
-            for value in (weights_hash(encoder.named_parameters()), _settings(encoder))
-        ]
+        self.text_key = [weights_hash(e.named_parameters()) + _settings(e) for e in parts.text_encoders]
 
     def encode(self, pairs: tuple[Pair, ...], views: list[View]) -> Encoded:
         """All views of all pairs. Raises DataError naming every picture that cannot be decoded."""
@@ -73,6 +70,7 @@ class Encoder:
             **{name: tensor.unflatten(0, (len(pairs), len(views))) for name, tensor in stacked.items()},
         )
 
+    @functools.cached_property
     def no_caption(self) -> dict[str, torch.Tensor]:
         """What stands for a caption that is dropped, one row: as the sampler takes it where there is no negative prompt."""
         empty = self._captions([""])

@@ -184,7 +184,7 @@ class Run:
             self.held_out = self._encoder.encode(held, [View()]) if held else None
             # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
             self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
-            self.no_caption = self._encoder.no_caption()
+            self.no_caption = self._encoder.no_caption
         self.parts.put_away(self.config.model.train)
 
     # Training ---------------------------------------------------------------------------------------------------------------

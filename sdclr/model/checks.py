@@ -29,7 +29,7 @@ WEIGHTS = {
 """The stem of each part's weights file in a diffusers folder."""
 CONFIGS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0")
 """Where a single file may take its configs from: Stable Diffusion 1.x, SDXL."""
-MODEL_HINT = "model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5 or stabilityai/stable-diffusion-xl-base-1.0"
+MODEL_HINT = f"model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as {' or '.join(CONFIGS)}"
 
 
 def check(config: ModelSection) -> None:
@@ -164,8 +164,7 @@ def _misfits(parts: Components) -> Iterator[str]:
 
 
 def _odd_tokens(parts: Components) -> Iterator[str]:
-    tokenizers = [tokenizer for tokenizer in (parts.tokenizer, parts.tokenizer_2) if tokenizer is not None]
-    for which, tokenizer, encoder in zip(("", "second "), tokenizers, parts.text_encoders, strict=False):
+    for which, tokenizer, encoder in zip(("", "second "), parts.tokenizers, parts.text_encoders, strict=False):
         words, known = len(tokenizer), encoder.config.vocab_size
         if words > known:
             yield f"its {which}tokenizer has {words} tokens, its {which}text encoder knows {known}"
@@ -177,7 +176,7 @@ def _odd_tokens(parts: Components) -> Iterator[str]:
                 else "cuts captions nowhere (tokenizer_config.json has no model_max_length)"
             )
             yield f"its {which}tokenizer {cut}, its {which}text encoder holds {most}"
-    lengths = [str(tokenizer.model_max_length) for tokenizer in tokenizers]
+    lengths = [str(tokenizer.model_max_length) for tokenizer in parts.tokenizers]
     if len(set(lengths)) > 1:
         yield f"its tokenizers cut captions at {' and '.join(lengths)} tokens, and its UNet wants both alike"
 

@@ -54,6 +54,11 @@ class Components:
         return self.text_encoder_2 is not None
 
     @property
+    def tokenizers(self) -> list[CLIPTokenizer]:
+        """One for each text encoder."""
+        return [tokenizer for tokenizer in (self.tokenizer, self.tokenizer_2) if tokenizer is not None]
+
+    @property
     def text_encoders(self) -> list[Any]:
         """One, or SDXL's two."""
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
@@ -133,7 +138,9 @@ def load(config: ModelSection) -> Components:
     except SdclrError:
         raise
     except Exception as error:  # the libraries raise many kinds for files that are not what they should be
-        raise InputError(f"model.base {config.base}: cannot be loaded: {_said(error)}", hint=_hint(config)) from error
+        raise InputError(
+            f"model.base {config.base}: cannot be loaded: {first_line(error)}", hint=_hint(config)
+        ) from error
     return _frozen(parts)
 
 
@@ -159,7 +166,9 @@ def skeleton(config: ModelSection) -> Components:
     except SdclrError:
         raise
     except Exception as error:  # as above
-        raise InputError(f"model {base}: its configs cannot be read: {_said(error)}", hint=_hint(config)) from error
+        raise InputError(
+            f"model {base}: its configs cannot be read: {first_line(error)}", hint=_hint(config)
+        ) from error
     return _frozen(parts)
 
 
@@ -167,12 +176,6 @@ def _frozen(parts: Components) -> Components:
     for module in parts.networks.values():
         module.requires_grad_(False).eval()
     return parts
-
-
-def _said(error: Exception) -> str:
-    """A library's error in one line; with the next where the first only announces it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:300] if lines and lines[0].endswith(":") else first_line(error)
 
 
 def _hint(config: ModelSection) -> str:
@@ -267,8 +270,7 @@ def tokenize(parts: Components, captions: list[str]) -> torch.Tensor:
             tokenizer(
                 captions, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
             ).input_ids
-            for tokenizer in (parts.tokenizer, parts.tokenizer_2)
-            if tokenizer is not None
+            for tokenizer in parts.tokenizers
         ],
         dim=1,
     )  # fmt: skip
@@ -293,9 +295,8 @@ def encode_tokens(parts: Components, tokens: torch.Tensor, device: torch.device)
 
 def cut_captions(parts: Components, captions: Iterable[str]) -> set[str]:
     """Those captions that are longer than one of the model's tokenizers reads."""
-    tokenizers = [tokenizer for tokenizer in (parts.tokenizer, parts.tokenizer_2) if tokenizer is not None]
     with quiet_libraries():
-        return {caption for caption in captions if any(_is_cut(caption, tokenizer) for tokenizer in tokenizers)}
+        return {caption for caption in captions if any(_is_cut(caption, tokenizer) for tokenizer in parts.tokenizers)}
 
 
 def _is_cut(caption: str, tokenizer: CLIPTokenizer) -> bool:
@@ -352,15 +353,13 @@ def _from_folder_or_hub(config: ModelSection, index: dict[str, Any]) -> Componen
     base, local = config.base, Path(config.base).is_dir()
     options: dict[str, Any] = {"local_files_only": local}
     weights = {"use_safetensors": True, "output_loading_info": True, **options}
-    ours = {**weights, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-    loaded = {
-        part: kind.from_pretrained(base, subfolder=part, variant=_variant(base, part), dtype=torch.float32, **weights)
-        for part, kind in _text_encoders(index).items()
-    }
-    loaded |= {
-        "vae": AutoencoderKL.from_pretrained(base, subfolder="vae", variant=_variant(base, "vae"), **ours),
-        "unet": UNet2DConditionModel.from_pretrained(base, subfolder="unet", variant=_variant(base, "unet"), **ours),
-    }
+
+    def read(part: str, kind: Any, **how: Any) -> Any:
+        return kind.from_pretrained(base, subfolder=part, variant=_variant(base, part), **weights, **how)
+
+    loaded = {part: read(part, kind, dtype=torch.float32) for part, kind in _text_encoders(index).items()}
+    for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
+        loaded[part] = read(part, kind, torch_dtype=torch.float32, low_cpu_mem_usage=False)
     for part, (_, info) in loaded.items():
         checks.refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
     tokenizers = {

@@ -70,6 +70,11 @@ def folder_of(name: str, under: Path) -> Path:
     return folder
 
 
+def vae_of(shape: dict[str, dict[str, Any]]) -> AutoencoderKL:
+    stages = len(shape["vae"]["block_out_channels"])
+    return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, latent_channels=4, **shape["vae"])  # fmt: skip
+
+
 def make(shape: dict[str, dict[str, Any]], folder: Path) -> None:
     """Write a diffusers folder of random weights, in fp16 as models are published."""
     torch.manual_seed(0)
@@ -81,10 +86,8 @@ def make(shape: dict[str, dict[str, Any]], folder: Path) -> None:
     def text(name: str) -> CLIPTextConfig:
         return CLIPTextConfig(**{"vocab_size": len(tokenizer), "max_position_embeddings": 77, **shape[name], **ends})
 
-    stages = len(shape["vae"]["block_out_channels"])
-    vae = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, latent_channels=4, **shape["vae"])  # fmt: skip
     parts: dict[str, Any] = {
-        "vae": vae, "text_encoder": CLIPTextModel(text("text")), "tokenizer": tokenizer, "unet": UNet2DConditionModel(**shape["unet"]),
+        "vae": vae_of(shape), "text_encoder": CLIPTextModel(text("text")), "tokenizer": tokenizer, "unet": UNet2DConditionModel(**shape["unet"]),
         "scheduler": DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False),
     }  # fmt: skip
     if "second" in shape:
