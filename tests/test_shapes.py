@@ -27,6 +27,7 @@ from shapes import SHAPES, vae_of  # noqa: E402
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 """As diffusers counts those of the published models."""
 SIDES = {"sd15": 64, "sdxl": 128}
+FULL = "model.precision=full_bf16"
 SMALLEST = "{name: adamw8bit, fused_backward: true, max_grad_norm: null}"
 
 
@@ -50,15 +51,18 @@ def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
     base = (f"model.base={folder / 'weights.safetensors'}", f"model.config={folder / name}", "model.precision=bf16")
     loaded = source.load(config, (*base, *overrides)).config
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "EIGHT_BITS_ON_CPU", 0)
         for norm in ("group_norm", "layer_norm"):  # on a GPU autocast has these in fp32
             real = getattr(torch.nn.functional, norm)
-            patch.setattr(
-                torch.nn.functional, norm, lambda given, *more, real=real, **named: real(given.float(), *more, **named)
-            )
+            patch.setattr(torch.nn.functional, norm, lambda *given, real=real: real(*map(in_fp32, given)))
         needs = memory.count(loaded, 16, 4, torch.device("cpu"), only=loaded.batch.size)
     on_the_card = {part: needs.parts[part] for part in ("weights", "optimizer")}
     recorded = not loaded.optimizer.fused_backward
     return dataclasses.replace(needs, parts=on_the_card, kept=0.0, recorded=recorded).at(loaded.batch.size) / 2**30
+
+
+def in_fp32(given: Any) -> Any:
+    return given.float() if isinstance(given, torch.Tensor) else given
 
 
 def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
@@ -80,7 +84,9 @@ def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
         ("sd15", "sd15", (), r"counted: ([\d.]+) GiB"),
         ("sd15", "sd15", ("batch.size=1", "model.gradient_checkpointing=true", "optimizer={name: adamw8bit}"), r"; ([\d.]+) with gradient_checkpointing"),
         ("sd15", "sd15", ("batch.size=1", "model.gradient_checkpointing=true", f"optimizer={SMALLEST}"), r"; ([\d.]+) with fused_backward"),
+        ("sd15", "sd15", ("batch.size=1", "model.gradient_checkpointing=true", f"optimizer={SMALLEST}", FULL), r"([\d.]+) with precision: full_bf16"),
         ("sdxl", "sdxl", (), r"counted: ([\d.]+) GiB"),
+        ("sdxl", "sdxl", (FULL,), r"([\d.]+) GiB with precision: full_bf16"),
         ("sdxl", "sdxl", ("optimizer={name: adamw8bit}",), r"; ([\d.]+) without fused_backward"),
         ("sdxl", "sdxl", ("optimizer={name: adamw}",), r"([\d.]+) with plain adamw"),
     ],

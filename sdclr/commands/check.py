@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config import source
-from sdclr.engine.fit import say_memory, settle_batch
+from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.plan import describe, make_plan, read_inputs
 from sdclr.errors import ConfigError, InputError
 from sdclr.report import console
@@ -28,7 +28,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
             raise
         missing = problem
         read_inputs(loaded, measuring=True)  # what is missing can be measured
-    say_memory(loaded.config, inputs)
+    settle_memory(loaded.config, inputs)
     if not need_plan:
         _check_pictures_and_model(loaded, inputs)
     console.table(describe(loaded.config, inputs, plan), title=f"plan of {loaded.config.run.name}")

@@ -24,7 +24,7 @@ import numpy as np
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
-from sdclr.engine.fit import say_memory, settle_batch
+from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
 from sdclr.errors import Inconclusive, InputError
@@ -80,8 +80,7 @@ def range_test(
 
         console.table(describe(config, inputs, None), title=f"range test of {config.run.name}")
         together.on_main(lambda: write_text(folder.range_test / "config.yaml", source.dump(config)))
-        say_memory(config, inputs, keeps_base=True)
-        run = Run(config, inputs)
+        run = Run(settle_memory(config, inputs, keeps_base=True), inputs)
         run.compile_for()
         minutes = max_minutes or config.range_test.max_minutes
         deadline = time.monotonic() + 60 * minutes if minutes else None

@@ -12,7 +12,7 @@ from sdclr.config import source
 from sdclr.config.kinds import Span
 from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
-from sdclr.engine.fit import say_memory, settle_batch
+from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import DivergenceError, InputError, SdclrError, StorageError
@@ -54,7 +54,7 @@ def train(
         config = resolved(loaded.config, plan)
         start = together.on_main(opened)
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
-        say_memory(config, inputs)
+        config = settle_memory(config, inputs)
         session = Session(config, plan, folder, inputs)
         session.train(start, loaded.typed)
         session.finish()

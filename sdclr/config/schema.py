@@ -63,11 +63,14 @@ class ModelSection(Section):
         None, description="for a .safetensors file: the diffusers folder or hub id with its configs and tokenizer"
     )
     train: tuple[Literal["unet", "text_encoder"], ...] = Field(("unet",), description="what is fine-tuned")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the forward pass; weights stay fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16"] = Field(
+        "auto",
+        description="of the forward pass, weights stay fp32; full_bf16: of what is trained too, in half the memory, its updates rounded by chance so that small ones add up",
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
-    gradient_checkpointing: bool = Field(False, description="less memory, about a third slower")
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="less memory, about a third slower; auto: where the run would not fit without"
+    )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
         description="auto: on an NVIDIA GPU the step is a CUDA graph (not in fp16, with fused_backward or in several processes), and torch.compile in a run that is long enough to earn it; on: torch.compile; off: neither",

@@ -1,4 +1,4 @@
-"""Whether a run fits into memory, said before it starts; and the number that `batch.size: auto` stands for."""
+"""Whether a run fits into memory, said before it starts; and what `batch.size: auto` and `gradient_checkpointing: auto` stand for."""
 
 from __future__ import annotations
 
@@ -44,8 +44,9 @@ def with_size(config: RunConfig, size: int) -> RunConfig:
     return config.model_copy(update={"batch": config.batch.model_copy(update={"size": size})})
 
 
-def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> None:
-    """One line: what the run will need, and whether it fits; a warning when it does not."""
+def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> RunConfig:
+    """Say in one line what the run will need, and whether it fits; a warning when it does not. With `gradient_checkpointing: auto` it is
+    turned on in the config returned, if the run does not fit without."""
     from sdclr.engine import sharding
 
     size, images, held_out = (
@@ -53,26 +54,37 @@ def say_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> N
         len(inputs.split.train),
         len(inputs.split.validation),
     )
-    needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
     in_shares = sharding.asked()
-    if in_shares:
-        needs = needs.shared(inputs.batches.processes)
+
+    def counted(config: RunConfig) -> tuple[Needs, int, str]:
+        needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
+        return needs.shared(inputs.batches.processes) if in_shares else needs, free, where
+
+    needs, free, where = counted(config)
+    by_need = config.model.gradient_checkpointing == "auto" and needs.at(size) > free
+    if by_need:
+        config = _checkpointed(config)
+        needs, free, where = counted(config)
     need = needs.at(size)
     what = {**needs.parts, "gradients and activations": needs.working(size)}
     parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= need / 100)
     text = f"memory: {'about ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
+    text += ", with gradient checkpointing" * by_need
     if need <= free:
-        console.say(text)
-        return
+        console.say(text + ", without which it would not fit" * by_need)
+        return config
     smaller = 0 if in_shares else _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
     ways = [f"batch.size: {smaller}"] if smaller else []
     if not config.model.gradient_checkpointing:
         ways.append("model.gradient_checkpointing: true")
     if config.optimizer.name == "adamw" and not in_shares:
         ways.append("optimizer.name: adamw8bit")
+    if config.model.precision != "full_bf16" and not in_shares:
+        ways.append("model.precision: full_bf16")
     if needs.recorded:
         ways.append("model.compile: off")
     console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
+    return config
 
 
 def out_of_memory(problem: BaseException) -> SdclrError | None:
@@ -82,7 +94,7 @@ def out_of_memory(problem: BaseException) -> SdclrError | None:
     return SdclrError(
         f"the GPU's memory is full: {str(problem).partition('. ')[0]}",
         hint="set model.gradient_checkpointing: true or model.compile: off (a run can be resumed with these), or start anew with a lower "
-        "batch.size and a higher batch.accumulate, or with optimizer.name: adamw8bit; sdclr check says what a run needs",
+        "batch.size and a higher batch.accumulate, with optimizer.name: adamw8bit or with model.precision: full_bf16; sdclr check says what a run needs",
     )
 
 
@@ -96,10 +108,13 @@ def _largest(loaded: LoadedConfig) -> tuple[int, str]:
     # train reckons with that too.
     needs, free, where = _needs(with_size(config, 1), images, len(every) - images, keeps_base=True)
     size = needs.largest(int(SHARE * free), max(1, images))
+    if not size and config.model.gradient_checkpointing == "auto":
+        needs, free, where = _needs(with_size(_checkpointed(config), 1), images, len(every) - images, keeps_base=True)
+        size = needs.largest(int(SHARE * free), max(1, images))
     if not size:
         raise ConfigError(
             [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, {_shown(free)} are free {where}")],
-            hint="set model.gradient_checkpointing: true, or a smaller data.resolution",
+            hint="set model.precision: full_bf16, optimizer.name: adamw8bit, or a smaller data.resolution",
         )  # fmt: skip
     limit = (
         "all that the range test trains on"
@@ -120,6 +135,10 @@ def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
     if stored is None or stored.batch.size == "auto" or _matters(stored) != _matters(config):
         return None
     return stored.batch.size, "as its range test was measured with"
+
+
+def _checkpointed(config: RunConfig) -> RunConfig:
+    return config.model_copy(update={"model": config.model.model_copy(update={"gradient_checkpointing": True})})
 
 
 def _matters(config: RunConfig) -> tuple[object, ...]:

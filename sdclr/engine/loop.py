@@ -15,6 +15,7 @@ from accelerate import Accelerator
 
 from sdclr.engine import sharding
 from sdclr.engine.optimizers import InBackward
+from sdclr.engine.rounding import Rounded
 from sdclr.errors import DivergenceError
 
 AddGradients = Callable[[Any, int], torch.Tensor]
@@ -68,6 +69,8 @@ def optimizer_steps(
     while state.step < until:
         lr = lr_at(state.step)
         assign_lr(state.optimizer, lr)
+        if isinstance(state.optimizer, Rounded):
+            state.optimizer.begin(state.step)
         # Of a step that diverged, perhaps of another state of these weights:
         state.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=accelerator.device)
@@ -127,8 +130,13 @@ def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerat
     """Of the whole gradient, before it is clipped here."""
     if state.in_backward:
         return state.in_backward.grad_norm()
-    norm = accelerator.clip_grad_norm_(state.parameters, max_norm if max_norm is not None else float("inf"))
-    return float(sharding.whole(norm)) if norm is not None else 0.0
+    accelerator.unscale_gradients()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    value = float(sharding.whole(norm))
+    # torch's clip_grad_norm_ goes through all gradients once more to multiply them by 1 where they are short enough.
+    if max_norm is not None and value > max_norm - 1e-5:
+        torch.nn.utils.clip_grads_with_norm_(state.parameters, max_norm, norm)
+    return value
 
 
 def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:
@@ -145,5 +153,7 @@ def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: flo
             )
             raise DivergenceError(
                 f"the {name} of step {state.step + 1} is {value} (learning rate {lr:.3g}); {what}",
-                hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check",
+                hint="lower schedule.max_lr (sdclr range-test says how far), or check the pictures with: sdclr check"
+                if state.step
+                else "no rate has done anything yet: the model or a picture is at fault (sdclr check), or model.precision overflows (fp32 does not)",
             )

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.dataset import views
-from sdclr.engine import graph
+from sdclr.engine import graph, rounding
 from sdclr.engine.encoding import pictures_together
 from sdclr.engine.run import validation_batch
 from sdclr.model import components
@@ -34,6 +34,8 @@ KEPT, LIBRARIES = 0.55, 48 * 2**20
 """On the CPU: the share of gradients and activations that the C library holds beside them, in gaps between blocks and for kernels (between
 36 and 82 %, over batches of 1 to 8 and pictures of 128 to 256 pixels: tests/benchmarks/throughput.py --memory), and what is loaded and
 compiled with the first step."""
+EIGHT_BITS_ON_CPU = 5
+"""Tensors of fp32 and of a weight's size that bitsandbytes' update of it makes there; on a GPU it makes none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,7 @@ def count(
     """Count a run's needs, of every batch size, or in half the time of `only` one; allocates nothing of size. Raises InputError when the model's configs cannot be read."""
     precision = components.mixed_precision(config.model.precision, device)
     with _shapes_only(precision != "no", device) as where:
-        work = _Work(config, where, precision)
+        work = _Work(config, where, device, precision)
         draws = held_out * config.validation.timesteps_per_image
         training = work.moments(True, only)
         validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
@@ -204,13 +206,14 @@ def _fused_attention() -> Iterator[None]:
 class _Work:
     """A run's work on shapes alone."""
 
-    def __init__(self, config: RunConfig, where: str, precision: str):
-        self.config, self.where, self.precision = config, where, precision
+    def __init__(self, config: RunConfig, where: str, device: torch.device, precision: str):
+        self.config, self.where, self.device, self.precision = config, where, device, precision
         with torch.device(where):
             self.parts = components.skeleton(config.model)
-        counted = config.model.model_copy(
-            update={"attention": "sdpa"}
-        )  # both keep the same; whether xformers runs is for the run to say
+        # All kernels keep the same; whether xformers runs is for the run to say.
+        counted = config.model.model_copy(update={"attention": "sdpa"})
+        for name in components.narrowed(config.model):
+            components.narrow(getattr(self.parts, name))
         components.prepare_for_training(self.parts, counted, torch.device(where))
         self.trained = list(self.parts.trainable(config.model.train).values())
         vae, unet = self.parts.vae.config, self.parts.unet.config
@@ -265,15 +268,34 @@ class _Work:
         wanted = [p for module in self.trained for p in module.parameters()]
         if not self.config.optimizer.fused_backward:
             kept = torch.autograd.grad(loss, wanted, allow_unused=True)
+            self._update(wanted)
             del kept
             return
-        for parameter in wanted:
-            parameter.register_post_accumulate_grad_hook(_let_go)
+        hooks = [p.register_post_accumulate_grad_hook(self._update_and_let_go) for p in wanted]
         loss.backward()
+        for hook in hooks:
+            hook.remove()
+
+    def _update_and_let_go(self, parameter: torch.nn.Parameter) -> None:
+        self._update([parameter])
+        parameter.grad = None
+
+    def _update(self, parameters: list[torch.nn.Parameter]) -> None:
+        """What the update of these takes for itself: of bf16 weights copies in fp32, and 8-bit AdamW on the CPU a few of each."""
+        narrow = self.config.model.precision == "full_bf16"
+        few = EIGHT_BITS_ON_CPU if self.config.optimizer.name == "adamw8bit" and self.device.type == "cpu" else 0
+        for some in rounding.together(parameters) if narrow else ([parameter] for parameter in parameters):
+            copies = [p.float() for _ in range(2) for p in some] if narrow else []
+            largest = max(some, key=torch.Tensor.numel)
+            if few:
+                torch.empty(few * largest.numel(), device=self.where)
+            if narrow:
+                rounding.rounded(largest.float(), None)
+            del copies
 
     def _autocast(self) -> Any:
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return torch.autocast(self.where, dtypes[self.precision]) if self.precision in dtypes else contextlib.nullcontext()  # fmt: skip
+        return torch.autocast(self.where, dtypes[self.precision], cache_enabled=False) if self.precision in dtypes else contextlib.nullcontext()  # fmt: skip
 
     @contextlib.contextmanager
     def _counted(self, grad: bool) -> Iterator[_Ledger]:
@@ -282,10 +304,6 @@ class _Work:
             ledger.skip((*module.parameters(), *module.buffers()))
         with _fused_attention(), ledger, torch.set_grad_enabled(grad):
             yield ledger
-
-
-def _let_go(parameter: torch.nn.Parameter) -> None:
-    parameter.grad = None
 
 
 @contextlib.contextmanager

@@ -85,7 +85,7 @@ class InBackward:
 
         def update(parameter: torch.nn.Parameter) -> None:
             assert parameter.grad is not None
-            self._squares.append(parameter.grad.detach().float().square().sum())
+            self._squares.append(torch.linalg.vector_norm(parameter.grad.detach(), dtype=torch.float32).square())
             every = self.optimizer.param_groups
             self.optimizer.param_groups = [{**every[number], "params": [parameter]}]
             try:

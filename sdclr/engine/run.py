@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import AutocastKwargs
 from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
@@ -27,6 +28,7 @@ from sdclr.engine.loop import AddGradients, TrainState, gradients_of
 from sdclr.engine.optimizers import InBackward
 from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
+from sdclr.engine.rounding import Rounded
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import InputError, first_line
 from sdclr.model import components
@@ -69,7 +71,7 @@ class Run:
         if config.model.compile == "on" and self.processes.count > 1:
             raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
-        self.parts = components.load(config.model)
+        self.parts = components.load(config.model, to_train=True)
         self._say_what_is_cut()
         self._encoder = Encoder(config, self.parts, self.device)
         self._encode()
@@ -303,6 +305,8 @@ class Run:
         if "text_encoder" in self.modules:
             groups.append({"params": list(self.modules["text_encoder"].parameters()), "lr_scale": c.text_encoder_scale})
         optimizer = optimizers.new(c, groups)
+        if self.config.model.precision == "full_bf16":
+            optimizer = Rounded(optimizer, self.config.run.seed)
         self.accelerator._optimizers.clear()  # one optimizer at a time: an arm's must not be unscaled with the next one's
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler is not None else optimizer
 
@@ -320,9 +324,10 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     device = PartialState().device
     precision = components.mixed_precision(config.model.precision, device)
     if sharding.asked():
-        sharding.refuse_other_ways(config.optimizer.name, precision)
+        sharding.refuse_other_ways(config.optimizer.name, config.model.precision, precision)
         sharding.let_every_process_load()
-    accelerator = Accelerator(mixed_precision=precision)
+    # Each weight is cast once in a forward: a copy that waits for the next use would only lie there, next to all the others.
+    accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)])
     kind = accelerator.distributed_type.name
     if kind != "NO" and not kind.startswith("MULTI_") and not sharding.asked():
         raise InputError(

@@ -34,7 +34,7 @@ def asked() -> bool:
     return _set("ACCELERATE_USE_FSDP") and processes.count() > 1
 
 
-def refuse_other_ways(optimizer: str, precision: str) -> None:
+def refuse_other_ways(optimizer: str, asked: str, precision: str) -> None:
     """Raise InputError for what cannot be trained in shares, and for what accelerate's config may ask of FSDP and is not done here."""
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("accelerate is set up for FSDP 1, and sdclr shards with FSDP 2", hint="set fsdp_version: 2")
@@ -43,6 +43,8 @@ def refuse_other_ways(optimizer: str, precision: str) -> None:
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
     if optimizer in ("adafactor", "adamw8bit"):  # norms over rows, and scales of blocks, that lie in several processes
         raise InputError(f"{optimizer} cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
+    if asked == "full_bf16":  # each process would have to round its share alone
+        raise InputError("full_bf16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
     if precision == "fp16":  # each process would find a loss scale of its own
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
 

@@ -122,8 +122,8 @@ class Components:
             raise OSError(problems[0])
 
 
-def load(config: ModelSection) -> Components:
-    """Load every part in fp32 and evaluation mode, nothing trainable yet.
+def load(config: ModelSection, to_train: bool = False) -> Components:
+    """Load every part in fp32 and evaluation mode, nothing trainable yet; with `precision: full_bf16` what is trained in bf16, `to_train`.
 
     A local folder or file is never looked up on the hub. Raises InputError naming the missing or misfitting part.
     """
@@ -132,7 +132,7 @@ def load(config: ModelSection) -> Components:
         with quiet_libraries():
             index = _index(config)
             read = _from_single_file if config.base.endswith(".safetensors") else _from_folder_or_hub
-            parts = read(config, index)
+            parts = read(config, index, narrowed(config) if to_train else ())
             checks.refuse_misfits(config.base, parts)
             checks.refuse_odd_tokens_and_noise(config.base, parts)
     except SdclrError:
@@ -193,11 +193,22 @@ def without_weights(model: Any) -> Any:
         return kind.from_config(model.config) if hasattr(kind, "from_config") else kind(model.config)
 
 
+def narrowed(config: ModelSection) -> tuple[str, ...]:
+    """The parts that are trained in bf16."""
+    return config.train if config.precision == "full_bf16" else ()
+
+
+def narrow(module: torch.nn.Module) -> None:
+    """Make of a module's weights bf16 ones, one by one."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
 def prepare_for_training(parts: Components, config: ModelSection, device: torch.device) -> None:
     """Unfreeze what is trained; set gradient checkpointing and the attention kernel. Raises InputError where xformers cannot run."""
     for module in parts.trainable(config.train).values():
         module.requires_grad_(True)
-        if config.gradient_checkpointing:
+        if config.gradient_checkpointing is True:  # auto has been settled by who knows what memory there is
             # Nothing here draws random numbers, and looking after their state would keep a step from being recorded.
             how: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
             if isinstance(module, UNet2DConditionModel):
@@ -231,9 +242,9 @@ def mixed_precision(precision: str, device: torch.device) -> str:
             f"model.precision: fp16 needs a GPU, and this run computes on {device.type}",
             hint="set model.precision: auto",
         )
-    if precision == "bf16" and on_gpu and not torch.cuda.is_bf16_supported():
-        raise InputError("model.precision: bf16 is not supported by this GPU", hint="set model.precision: auto")
-    return "no" if precision == "fp32" else precision
+    if precision in ("bf16", "full_bf16") and on_gpu and not torch.cuda.is_bf16_supported():
+        raise InputError(f"model.precision: {precision} is not supported by this GPU", hint="set model.precision: auto")
+    return {"fp32": "no", "full_bf16": "bf16"}.get(precision, precision)
 
 
 def load_trained(parts: Components, folder: Path, names: tuple[str, ...]) -> None:
@@ -349,17 +360,18 @@ def _text_encoders(index: dict[str, Any]) -> dict[str, Any]:
     return first | {"text_encoder_2": CLIPTextModelWithProjection} if checks.is_xl(index) else first
 
 
-def _from_folder_or_hub(config: ModelSection, index: dict[str, Any]) -> Components:
+def _from_folder_or_hub(config: ModelSection, index: dict[str, Any], in_bf16: tuple[str, ...]) -> Components:
     base, local = config.base, Path(config.base).is_dir()
     options: dict[str, Any] = {"local_files_only": local}
     weights = {"use_safetensors": True, "output_loading_info": True, **options}
 
-    def read(part: str, kind: Any, **how: Any) -> Any:
+    def read(part: str, kind: Any, dtype: str, **how: Any) -> Any:
+        how[dtype] = torch.bfloat16 if part in in_bf16 else torch.float32
         return kind.from_pretrained(base, subfolder=part, variant=_variant(base, part), **weights, **how)
 
-    loaded = {part: read(part, kind, dtype=torch.float32) for part, kind in _text_encoders(index).items()}
+    loaded = {part: read(part, kind, "dtype") for part, kind in _text_encoders(index).items()}
     for part, kind in (("vae", AutoencoderKL), ("unet", UNet2DConditionModel)):
-        loaded[part] = read(part, kind, torch_dtype=torch.float32, low_cpu_mem_usage=False)
+        loaded[part] = read(part, kind, "torch_dtype", low_cpu_mem_usage=False)
     for part, (_, info) in loaded.items():
         checks.refuse_missing(f"{base}: the weights of {part}/", info["missing_keys"])
     tokenizers = {
@@ -376,7 +388,7 @@ def _from_folder_or_hub(config: ModelSection, index: dict[str, Any]) -> Componen
     )
 
 
-def _from_single_file(config: ModelSection, index: dict[str, Any]) -> Components:
+def _from_single_file(config: ModelSection, index: dict[str, Any], in_bf16: tuple[str, ...]) -> Components:
     assert config.config is not None  # the schema saw to it
     checks.refuse_other_kind(config, index)
     kind: Any = StableDiffusionXLPipeline if checks.is_xl(index) else StableDiffusionPipeline
@@ -389,6 +401,8 @@ def _from_single_file(config: ModelSection, index: dict[str, Any]) -> Components
         **unwanted,
     )
     read = {part: getattr(pipeline, part) for part in checks.parts_of(index) if part != "scheduler"}
+    for part in in_bf16:
+        narrow(read[part])
     for part in WEIGHTS:
         if part in read:
             left = (name for name, tensor in read[part].state_dict().items() if tensor.is_meta)

@@ -6,6 +6,7 @@ The held-out images are measured once, before the first step; no copy of the bes
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,11 @@ BAR = 0.10
 SMALLER = ("model.gradient_checkpointing=true",)
 SMALLER_STILL = (*SMALLER, "optimizer.name=adamw8bit")
 SMALLEST = (*SMALLER_STILL, "optimizer.fused_backward=true", "optimizer.max_grad_norm=null")
+LEAST = (*SMALLEST, "model.precision=full_bf16")
 """Settings that take less memory, each with the one before."""
+IN_BF16 = "model.precision=bf16"
+FEW = 5
+"""Pictures at true size on the CPU, where encoding one takes a minute: one of them is held out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,18 +38,24 @@ class Case:
     factor: int
     batch: int
     overrides: tuple[str, ...] = ()
+    pictures: int = 20
 
 
-def cases(work: Path, quick: bool, device: str) -> list[Case]:
-    """What is measured; on a GPU at true size."""
+def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list[Case]:
+    """What is measured; on a GPU at true size, and on the CPU in bf16 where that is asked for."""
+    if full_size:
+        sd15 = Case(folder_of("sd15", work), 512, 8, 1, pictures=FEW)
+        settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST)
+        small = [replace(sd15, overrides=overrides) for overrides in settings]
+        return small if quick else [*small, Case(folder_of("sdxl", work), 1024, 8, 1, LEAST, FEW)]
     if device == "cuda":
         sd15 = Case(folder_of("sd15", work), 512, 8, 1)
-        settings = ((), SMALLER, SMALLER_STILL, SMALLEST, (*SMALLER, "optimizer.name=adafactor"))
+        settings = ((), SMALLER, SMALLER_STILL, SMALLEST, LEAST, (*SMALLER, "optimizer.name=adafactor"))
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         if quick:
             return small
-        xl = Case(folder_of("sdxl", work), 1024, 8, 2, SMALLEST)
-        return [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), xl]  # fmt: skip
+        xl = [Case(folder_of("sdxl", work), 1024, 8, 2, overrides) for overrides in (SMALLEST, LEAST)]
+        return [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), *xl]  # fmt: skip
     demo, middle = Case(ROOT / "data/tiny-sd", 64, 4, 16), Case(folder_of("middle", work), 128, 8, 4)
     xl = Case(folder_of("middle-xl", work), 128, 8, 4)
     if quick:
@@ -60,14 +71,16 @@ def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
     from sdclr.config import source
     from sdclr.engine import memory
 
-    setting = throughput.Setting(case.model, ROOT / "data/mochi", case.resolution, case.factor, (case.batch,), device, 1, 0)  # fmt: skip
+    images = some_of(ROOT / "data/mochi", case.pictures, work)
+    setting = throughput.Setting(case.model, images, case.resolution, case.factor, (case.batch,), device, 1, 0)  # fmt: skip
     sets = [word for override in case.overrides for word in ("--set", override)]
     contestant = throughput.Contestant("sdclr", setting, case.batch, work, "--draws", "2", *sets)
     imported = contestant.imported
     contestant.round(2)
     used = contestant.end()
     config = source.load(work / f"sdclr-{case.batch}" / "run.yaml", case.overrides).config
-    needs = memory.count(config, 16, 4, torch.device(device))
+    held_out = case.pictures // 5
+    needs = memory.count(config, case.pictures - held_out, held_out, torch.device(device))
     found = {
         "model": case.model.name, "weights": needs.parts["weights"], "batch": case.batch, "resolution": case.resolution,
         "overrides": list(case.overrides), "foretold": needs.at(case.batch),
@@ -75,6 +88,16 @@ def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
     if device == "cuda":
         return {**found, "imported": 0, "used": used["device"], "peak": used["device"]}
     return {**found, "imported": imported, "used": used["above_imports"], "peak": used["peak"]}
+
+
+def some_of(images: Path, count: int, work: Path) -> Path:
+    """A folder with the first `count` of the pictures and their captions."""
+    folder = work / f"pictures-{count}"
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture in sorted(images.glob("*.png"))[:count]:
+        for file in (picture, picture.with_suffix(".txt")):
+            shutil.copy(file, folder)
+    return folder
 
 
 def markdown(result: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@
     python tests/benchmarks/throughput.py --startup               # help, a config error, the first step
     python tests/benchmarks/throughput.py --caches                # 10,000 pictures: the first reading and the next
     python tests/benchmarks/throughput.py --memory                # what sdclr check says a run needs, and what it took (4 GiB; or --device cuda)
+    python tests/benchmarks/throughput.py --memory --full-size    # the same of the smallest runs of the true shapes, on the CPU (16 GiB)
     make bench
 
 Contestants take turns in short rounds, each in a process of its own, so that whatever else the machine does falls on all of them;
@@ -336,9 +337,9 @@ def main() -> None:
     elif args.memory:
         import foretold
 
-        name = "memory-cuda" if args.device == "cuda" else "memory"
+        name = f"memory{'-cuda' * (args.device == 'cuda')}{'-full-size' * args.full_size}"
         result = {"machine": machine(args.device), "cases": []}
-        for case in foretold.cases(args.work, args.quick, args.device):
+        for case in foretold.cases(args.work, args.quick, args.device, args.full_size):
             result["cases"].append(foretold.measure(args.work, case, args.device))
             keep(args.work, name, result)
         text = foretold.markdown(result)

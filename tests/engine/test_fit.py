@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
+import torch
 
 from sdclr.commands.check import check
 from sdclr.commands.train import train
 from sdclr.config import source
-from sdclr.engine import memory
-from sdclr.engine.fit import settle_batch
+from sdclr.engine import fit, memory
+from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import ConfigError
+from sdclr.model import components
 
 AUTO = "batch: {size: auto}"
 
@@ -20,8 +23,6 @@ def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
 
 
 def needed(path, batch: int) -> int:
-    import torch
-
     return memory.count(source.load(path).config, 6, 4, torch.device("cpu"), keeps_base=True).at(batch)
 
 
@@ -77,7 +78,48 @@ def test_check_says_what_is_needed_and_warns_when_it_does_not_fit(config, monkey
     check(path)
     assert "memory: " in capsys.readouterr().err
     free(monkeypatch, 2**20)
-    check(path)
-    said = " ".join(capsys.readouterr().err.split())
-    assert "it will not fit; try" in said
-    assert "model.gradient_checkpointing: true" in said
+    for setting, tried in (("auto", "model.precision: full_bf16"), ("false", "model.gradient_checkpointing: true")):
+        check(path, [f"model.gradient_checkpointing={setting}"])
+        said = " ".join(capsys.readouterr().err.split())
+        assert "it will not fit; try" in said
+        assert tried in said
+
+
+def test_checkpointing_is_turned_on_where_a_run_would_not_fit_without_and_leaves_the_same_bits(
+    config, monkeypatch, capsys
+):
+    path = config("batch: {size: 6}\ntrain: {steps: 4}")
+    loaded = source.load(path)
+    inputs = read_inputs(loaded)
+
+    def count(setting: bool) -> int:
+        chosen = source.load(path, [f"model.gradient_checkpointing={setting}"]).config
+        return memory.count(chosen, 8, 2, torch.device("cpu"), only=6).at(6)
+
+    free(monkeypatch, count(False))
+    assert settle_memory(loaded.config, inputs).model.gradient_checkpointing == "auto"
+    assert "checkpointing" not in capsys.readouterr().err
+    train(path)
+    free(monkeypatch, count(False) - 1)
+    assert settle_memory(loaded.config, inputs).model.gradient_checkpointing is True
+    assert "without which it would not fit" in " ".join(capsys.readouterr().err.split())
+    seen = []
+    real = components.prepare_for_training
+    monkeypatch.setattr(components, "prepare_for_training", lambda parts, model, device: (seen.append(model.gradient_checkpointing), real(parts, model, device)))  # fmt: skip
+    train(path, ["run.name=checkpointed"])
+    assert seen[-1] is True
+    weights = [(path.parent / "runs" / name / "final" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() for name in ("tiny", "checkpointed")]  # fmt: skip
+    assert weights[0] == weights[1]
+
+
+def test_a_batch_that_only_fits_with_checkpointing_is_found(config, monkeypatch):
+    def needs(config, *_, **__):
+        each = 10 if config.model.gradient_checkpointing is True else 100
+        moments = memory.Moments(np.array([0]), np.array([each]))
+        return memory.Needs({}, moments, None, 0, 0), 50, "there"
+
+    monkeypatch.setattr(fit, "_needs", needs)
+    path = config(AUTO)
+    assert size_of(path) == 4  # nine tenths of 50, in tens
+    with pytest.raises(ConfigError, match="not even one picture fits"):
+        settle_batch(source.load(path, ["model.gradient_checkpointing=false"]))

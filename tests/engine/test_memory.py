@@ -68,6 +68,9 @@ def test_gradient_checkpointing_bf16_and_less_to_train_need_less(config):
     assert needs_of(config(), "model.train=[unet, text_encoder]", only=64).at(64) > plain.at(64)
     assert needs_of(config(), "optimizer.name=sgd", only=1).parts["optimizer"] * 2 == plain.parts["optimizer"]
     assert needs_of(config(), held_out=0, only=1).parts["copy"] == 0
+    half = needs_of(config(), "model.precision=full_bf16", only=1)
+    assert half.parts["weights"] * 2 == plain.parts["weights"]
+    assert half.parts["optimizer"] == plain.parts["optimizer"]
 
 
 def test_an_update_in_the_backward_needs_no_gradients_and_eight_bits_a_quarter_of_adamws(config, run):
@@ -77,7 +80,9 @@ def test_an_update_in_the_backward_needs_no_gradients_and_eight_bits_a_quarter_o
     fused = needs_of(config(), *settings, only=1)
     gradients = sum(p.numel() * 4 for p in run.modules["unet"].parameters())
     assert plain.training.fixed[-1] >= gradients > 10 * fused.training.fixed[-1]  # what the backward leaves behind
-    assert needs_of(config(), *settings).at(1) == pytest.approx(fused.at(1), rel=0.05)
+    for more in ((), ("optimizer.name=adamw8bit",), ("model.precision=full_bf16",)):
+        every, one = needs_of(config(), *settings, *more), needs_of(config(), *settings, *more, only=1)
+        assert every.at(1) == pytest.approx(one.at(1), rel=0.05)
 
 
 def test_what_is_recorded_keeps_its_memory_beside_that_of_validation(config):

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
+from nets import EVERY, Net, batches, groups_of
 from safetensors.torch import load_file, save_file
 
 from sdclr.config.schema import OptimizerSection
@@ -15,31 +16,6 @@ from sdclr.engine.checkpoint import pack_optimizer, unpack_optimizer
 from sdclr.engine.loop import TrainState, gradients_of, optimizer_steps
 from sdclr.engine.optimizers import InBackward
 from sdclr.errors import DivergenceError, InputError
-
-EVERY = ("adamw", "adamw8bit", "adafactor", "sgd")
-
-
-class Net(torch.nn.Module):
-    """Three layers, two of which are large enough for eight bits."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.wide, self.broad, self.narrow = torch.nn.Linear(64, 96), torch.nn.Linear(96, 64), torch.nn.Linear(64, 4)
-
-    def loss(self, x: torch.Tensor) -> torch.Tensor:
-        return (self.narrow(self.broad(self.wide(x).tanh()).tanh()) - x[:, :4]).square().mean()
-
-
-def groups_of(net: Net) -> list[dict]:
-    return [
-        {"params": [*net.wide.parameters(), *net.broad.parameters()], "lr_scale": 1.0},
-        {"params": list(net.narrow.parameters()), "lr_scale": 0.5},
-    ]
-
-
-def batches(step: int) -> list[torch.Tensor]:
-    return [torch.randn(8, 64, generator=torch.Generator().manual_seed(step))]
 
 
 def trained(name: str, fused: bool, steps: int = 12, net: Net | None = None, state: TrainState | None = None):

@@ -397,7 +397,7 @@ class Lab:
             for name, part in parts.trainable(("unet", "text_encoder")).items()
         }
 
-        def loaded(config: Any) -> Any:
+        def loaded(config: Any, to_train: bool = False) -> Any:
             for name, part in parts.trainable(("unet", "text_encoder")).items():
                 part.load_state_dict(weights[name])
             return parts
