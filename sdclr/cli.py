@@ -214,6 +214,26 @@ def sample(
 
 
 @app.command()
+def export(
+    config: Config,
+    set_: Sets = [],  # noqa: B006
+    checkpoint: Annotated[
+        Optional[Path], typer.Option(help="the state to export, a folder [default: final/ of the run]")
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="fp16|bf16|fp32", help="of the weights in the file")] = "fp16",
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="the file to write [default: export/ of the run]")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Write a state as one .safetensors file. For A1111, Forge, ComfyUI and other programs that draw."""
+    _begin(config, set_, quiet)
+    from sdclr.commands.export import export as command
+
+    command(config, set_, checkpoint, precision, output)
+
+
+@app.command()
 def init(
     images: Annotated[Optional[Path], typer.Argument(help="folder of your pictures", show_default=False)] = None,
     base: Annotated[

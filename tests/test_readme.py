@@ -19,6 +19,7 @@ from sdclr.config.schema import RunConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
+import precisions  # noqa: E402
 import study_report  # noqa: E402
 import throughput  # noqa: E402
 import variants  # noqa: E402
@@ -224,6 +225,40 @@ def test_the_gpu_table_is_the_last_run_of_the_bench():
     assert f"forward takes {throughput.ratio(looks['batched'], looks['unbatched'])[1]:.2f} of one that is not batched. After" in WORDS  # fmt: skip
     (case,) = json.loads((RESULTS / "memory-cuda.json").read_text())["cases"]
     assert f"{case['foretold'] / 2**30:.1f} GiB at batch 1, and {case['used'] / 2**30:.1f} were used" in WORDS
+
+
+SMALL = (
+    ("8-bit AdamW, gradient checkpointing", "model-sd15", ()),
+    ("with `fused_backward`", "model-sd15", ("optimizer.fused_backward=true",)),
+    ("and `full_bf16`", "model-sd15", ("optimizer.fused_backward=true", "model.precision=full_bf16")),
+    ("SDXL at 1024 pixels, with all of these", "model-sdxl", ("optimizer.fused_backward=true", "model.precision=full_bf16")),
+)  # fmt: skip
+
+
+@pytest.mark.skipif(not (RESULTS / "memory-full-size.json").exists(), reason="being measured")
+@pytest.mark.parametrize(("row", "model", "settings"), SMALL)
+def test_the_table_of_the_smallest_runs_is_the_last_run_of_the_bench(row, model, settings):
+    """What is counted for a card is held by tests/test_shapes.py to the configs, whose numbers these are."""
+    cases = json.loads((RESULTS / "memory-full-size.json").read_text())["cases"]
+    every = {"optimizer.fused_backward=true", "model.precision=full_bf16"}
+    (case,) = [c for c in cases if c["model"] == model and every & {*c["overrides"]} == {*settings}]
+    foretold, used = ((size + case["imported"]) / 2**30 for size in (case["foretold"], case["used"]))
+    assert re.search(rf"\| {row} \| [\d.]+ \| {foretold:.1f} \| {used:.1f} \|", README)
+
+
+@pytest.mark.parametrize(("config", "words"), [("sd15", r"; ([\d.]+) with"), ("sdxl", r"([\d.]+)(?: GiB)? with")])
+def test_what_is_counted_is_what_the_configs_say(config, words):
+    for number in re.findall(words, (ROOT / "configs" / f"{config}.yaml").read_text().replace("\n# ", " ")):
+        assert re.search(rf"(?<![\d.]){number}(?![\d.])", README), number
+
+
+def test_what_is_said_of_precisions_is_what_was_measured():
+    rows = {(row["lr"], row["kind"]): row for row in precisions.summary(precisions.stored(), 5)}
+    for lr in precisions.RATES:
+        row = rows[lr, "full_bf16"]
+        assert f"{100 * row['share']:.1f} % ± {100 * row['sd']:.1f} %" in WORDS
+    nearest = [round(100 * rows[lr, precisions.NEAREST]["share"]) for lr in precisions.RATES]
+    assert "it learns {} % and {} %".format(*nearest) in WORDS
 
 
 def test_what_is_said_of_the_schedules_is_what_the_study_found():

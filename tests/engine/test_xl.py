@@ -34,6 +34,7 @@ from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import Inconclusive, InputError, Interrupted
 from sdclr.model import checks, components
+from sdclr.model.single_file import original_layout
 from sdclr.report import metrics
 from sdclr.seeding import generator
 
@@ -186,8 +187,8 @@ def test_what_is_not_trained_is_put_away(path, monkeypatch):
     places: dict[str, object] = {}
     real = components.load
 
-    def watched(config: ModelSection) -> components.Components:
-        parts = real(config)
+    def watched(config: ModelSection, to_train: bool) -> components.Components:
+        parts = real(config, to_train)
         for name, module in parts.networks.items():
             monkeypatch.setattr(
                 module, "to", lambda where, *, name=name, module=module: (places.update({name: where}), module)[1]
@@ -437,7 +438,7 @@ def test_a_single_file_that_is_no_whole_model_is_refused(xl, tmp_path, name):
     tensors = {
         "a LoRA": {"lora_unet_down_blocks_0.alpha": torch.zeros(1)},
         "a bare UNet": load_file(xl / "unet" / "diffusion_pytorch_model.safetensors"),
-        "a cut one": {name: tensor for name, tensor in sgm_layout(xl).items() if "embedders.1" not in name},
+        "a cut one": {name: tensor for name, tensor in layout(xl).items() if "embedders.1" not in name},
     }
     save_file(tensors[name], tmp_path / "model.safetensors")
     refused(tmp_path / "model.safetensors", "cannot be loaded|lack|is of Stable Diffusion 1", read=True, config=str(xl))
@@ -476,35 +477,12 @@ def test_a_weight_that_the_second_text_encoder_lacks_is_named(copy):
 # One file ---------------------------------------------------------------------------------------------------------------------------
 
 
-def sgm_layout(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the tiny folder under the names that Stability gave them in 2023, as in sd_xl_base_1.0.safetensors: of the second
-    text encoder those of OpenCLIP, whose queries, keys and values are one matrix and whose projection lies on its side."""
-    from model.test_components import ldm_layout
-
-    found = {name: tensor for name, tensor in ldm_layout(folder).items() if not name.startswith("cond_stage_model")}
-    for name, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        found["conditioner.embedders.0.transformer.text_model." + name.removeprefix("text_model.")] = tensor
-    second = load_file(folder / "text_encoder_2" / "model.safetensors")
-    whole = {
-        "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
-        "text_model.embeddings.position_embedding.weight": "positional_embedding",
-        "text_model.final_layer_norm.weight": "ln_final.weight",
-        "text_model.final_layer_norm.bias": "ln_final.bias",
-    }
-    inner = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}  # fmt: skip
-    own = {theirs: second[ours] for ours, theirs in whole.items()}
-    own["text_projection"] = second["text_projection.weight"].T.contiguous()
-    for i in range(3):
-        layer = f"text_model.encoder.layers.{i}."
-        for kind in ("weight", "bias"):
-            parts = [second[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-            own[f"transformer.resblocks.{i}.attn.in_proj_{kind}"] = torch.cat(parts)
-            own |= {f"transformer.resblocks.{i}.{theirs}.{kind}": second[f"{layer}{ours}.{kind}"] for ours, theirs in inner.items()}  # fmt: skip
-    return found | {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in own.items()}
+def layout(folder: Path) -> dict[str, torch.Tensor]:
+    return original_layout(components.load(section(folder)), "fp32")
 
 
 def test_a_single_file_loads_offline_to_the_folders_weights(xl, tmp_path):
-    save_file(sgm_layout(xl), tmp_path / "model.safetensors")
+    save_file(layout(xl), tmp_path / "model.safetensors")
     folder = components.load(section(xl))
     single = components.load(section(tmp_path / "model.safetensors", config=str(xl)))
     assert single.zeros_for_no_caption
@@ -516,9 +494,7 @@ def test_a_single_file_loads_offline_to_the_folders_weights(xl, tmp_path):
 
 
 def test_a_single_file_of_one_kind_with_the_configs_of_the_other_is_refused(xl, model, tmp_path):
-    from model.test_components import ldm_layout
-
-    for own, other, name in ((sgm_layout(xl), model, "SDXL, and"), (ldm_layout(model), xl, "1.x or 2.x, and")):
+    for own, other, name in ((layout(xl), model, "SDXL, and"), (layout(model), xl, "1.x or 2.x, and")):
         save_file(own, tmp_path / "model.safetensors")
         problem = refused(tmp_path / "model.safetensors", f"is of .*{name} model.config", read=True, config=str(other))
         assert "such as" in str(problem.hint)

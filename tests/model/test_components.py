@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError
 from sdclr.model import checks, components
+from sdclr.model.single_file import original_layout
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 CPU = torch.device("cpu")
@@ -238,62 +239,8 @@ def test_a_missing_or_damaged_single_file_is_refused(tmp_path, model):
 
 
 def ldm_layout(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of the tiny diffusers folder under the names that CompVis gave them in 2022, as in v1-5-pruned.safetensors."""
-    found = {}
-    layers = json.loads((folder / "unet" / "config.json").read_text())["layers_per_block"] + 1
-    for key, tensor in load_file(folder / UNET).items():
-        found["model.diffusion_model." + ldm_unet_name(key, layers)] = tensor
-    vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
-    ups = len(json.loads((folder / "vae" / "config.json").read_text())["up_block_types"])
-    for key, tensor in vae.items():
-        is_attention = ".attentions." in key and key.endswith("weight") and tensor.ndim == 2
-        found["first_stage_model." + ldm_vae_name(key, ups)] = tensor[:, :, None, None] if is_attention else tensor
-    for key, tensor in load_file(folder / "text_encoder" / "model.safetensors").items():
-        found["cond_stage_model.transformer.text_model." + key.removeprefix("text_model.")] = tensor
-    return {key: tensor.contiguous() for key, tensor in found.items()}
-
-
-def ldm_unet_name(key: str, layers: int) -> str:
-    whole = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0", "conv_out": "out.2", "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-    }  # fmt: skip
-    stem, _, kind = key.rpartition(".")
-    if stem in whole:
-        return f"{whole[stem]}.{kind}"
-    inner = {
-        "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-        "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-    }  # fmt: skip
-    parts = key.split(".")
-    if parts[0] == "mid_block":
-        place = {"resnets.0": 0, "attentions.0": 1, "resnets.1": 2}[f"{parts[1]}.{parts[2]}"]
-        rest = parts[3:]
-        name = f"middle_block.{place}"
-    else:
-        down, block, number, rest = parts[0] == "down_blocks", int(parts[1]), int(parts[3]), parts[4:]
-        base = block * layers + (1 if down else 0)
-        if parts[2] == "downsamplers":
-            return f"input_blocks.{base + layers - 1}.0.op.{kind}"
-        if parts[2] == "upsamplers":  # the tiny model's block that is followed by a larger one has no attention
-            return f"output_blocks.{base + layers - 1}.1.conv.{kind}"
-        name = f"{'input' if down else 'output'}_blocks.{base + number}.{1 if parts[2] == 'attentions' else 0}"
-    if rest[0] in inner:
-        rest = [inner[rest[0]], *rest[1:]]
-    return ".".join([name, *rest])
-
-
-def ldm_vae_name(key: str, ups: int) -> str:
-    for ours, theirs in (
-        ("mid_block.resnets.0", "mid.block_1"), ("mid_block.resnets.1", "mid.block_2"), ("mid_block.attentions.0", "mid.attn_1"),
-        ("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
-        ("conv_norm_out", "norm_out"), ("conv_shortcut", "nin_shortcut"), ("downsamplers.0", "downsample"),
-        ("upsamplers.0", "upsample"), ("down_blocks", "down"), (".resnets.", ".block."),
-    ):  # fmt: skip
-        key = key.replace(ours, theirs)
-    for i in range(ups):
-        key = key.replace(f"up_blocks.{i}.", f"up.{ups - 1 - i}.")
-    return key
+    """The weights of a diffusers folder as in v1-5-pruned.safetensors; whether the names are right, diffusers' reader says."""
+    return original_layout(components.load(section(folder)), "fp32")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
