@@ -40,7 +40,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
 
 
 def _check_pictures_and_model(loaded: source.LoadedConfig, inputs) -> None:
-    """Decode every picture and load every weight, as a run would."""
+    """Decode every picture and load every weight, as a run would; say what model it is."""
     from sdclr.engine.run import Run
 
-    Run(loaded.config, inputs)
+    console.say(f"model: {Run(loaded.config, inputs).parts.described()}")

@@ -73,6 +73,14 @@ class Components:
         """The modules named in `model.train`, in that order."""
         return {name: getattr(self, name) for name in names}
 
+    def described(self) -> str:
+        """What kind of model it is, in a few words."""
+        weights = sum(p.numel() for p in self.unet.parameters())
+        target = self.noise_scheduler.config.prediction_type
+        predicted = {"epsilon": "the noise", "v_prediction": "the velocity"}.get(target, target)
+        kind = "SDXL" if self.is_xl else "Stable Diffusion 1.x or 2.x"
+        return f"{kind}, with a UNet of {weights / 1e6:,.1f} million weights that predicts {predicted}"
+
     def put_away(self, trained: tuple[str, ...]) -> None:
         """Off the device with what is not trained."""
         for name, module in self.networks.items():

@@ -64,6 +64,7 @@ SETTINGS = [
     ("model.gradient_checkpointing=true",),
     ("loss.min_snr_gamma=5", "loss.noise_offset=0.1"),
     ("optimizer.name=adafactor",),
+    ("model.precision=full_bf16",),
     ("model.train=[unet, text_encoder]", "model.gradient_checkpointing=true", "model.precision=fp32"),
 ]
 
@@ -143,9 +144,9 @@ def test_an_update_inside_the_backward_is_the_update_after_it(config, name):
     assert apart(train(fused), train(plain), base) < 1e-3
 
 
-def test_bf16_and_fp16_learn_what_fp32_learns():
+def test_every_precision_learns_what_fp32_learns():
     found = {}
-    for precision in ("fp32", "bf16", "fp16"):
+    for precision in ("fp32", "bf16", "fp16", "full_bf16"):
         run = build(ROOT / "configs" / "demo.yaml", f"model.precision={precision}", "run.output_dir=build/gpu")
         assert run.held_out
         draws = run.draws(run.held_out)
