@@ -79,7 +79,7 @@ class Components:
         target = self.noise_scheduler.config.prediction_type
         predicted = {"epsilon": "the noise", "v_prediction": "the velocity"}.get(target, target)
         kind = "SDXL" if self.is_xl else "Stable Diffusion 1.x or 2.x"
-        return f"{kind}, with a UNet of {weights / 1e6:,.1f} million weights that predicts {predicted}"
+        return f"{kind}, with a UNet of {weights:,} weights that predicts {predicted}"
 
     def put_away(self, trained: tuple[str, ...]) -> None:
         """Off the device with what is not trained."""
