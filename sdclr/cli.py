@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, Optional
 
@@ -15,10 +20,14 @@ from typer.core import TyperGroup
 
 from sdclr import __version__
 from sdclr.engine import processes
-from sdclr.errors import SdclrError
+from sdclr.errors import Interrupted, SdclrError
 
 TOGETHER = ("range-test", "train")
 """The commands that several processes can do together; every other one would write the same files twice."""
+
+
+UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ELOOP)
+"""What the system says of a place that a user has named and that nobody can look at."""
 
 
 class _Boundary(TyperGroup):
@@ -26,7 +35,8 @@ class _Boundary(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            result = super().invoke(ctx)
+            with _sigterm_told():
+                result = super().invoke(ctx)
             processes.leave()
             return result
         except SdclrError as problem:
@@ -37,6 +47,10 @@ class _Boundary(TyperGroup):
             # Nobody reads on: give Python's last flush somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
+        except OSError as problem:
+            if problem.errno not in UNREACHABLE:
+                raise
+            _end(SdclrError(f"{problem.filename}: {problem.strerror}"), 2)
         except Exception as problem:
             from sdclr.engine import fit  # not at the top: --help has no use for it
 
@@ -46,6 +60,24 @@ class _Boundary(TyperGroup):
             if processes.count() == 1 or isinstance(problem, (typer.Exit, typer.Abort)):
                 raise
             _end_together(problem)
+
+
+@contextlib.contextmanager
+def _sigterm_told() -> Iterator[None]:
+    """For the time of the block SIGTERM ends the program as Ctrl-C does, so that nothing half-written stays; several processes are
+    ended by their launcher."""
+    if processes.count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def heard(number: int, frame: Any) -> NoReturn:
+        raise Interrupted("stopped by SIGTERM; what was finished has been kept", number)
+
+    before = signal.signal(signal.SIGTERM, heard)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _end(problem: SdclrError, code: int) -> NoReturn:

@@ -235,7 +235,6 @@ SMALL = (
 )  # fmt: skip
 
 
-@pytest.mark.skipif(not (RESULTS / "memory-full-size.json").exists(), reason="being measured")
 @pytest.mark.parametrize(("row", "model", "settings"), SMALL)
 def test_the_table_of_the_smallest_runs_is_the_last_run_of_the_bench(row, model, settings):
     """What is counted for a card is held by tests/test_shapes.py to the configs, whose numbers these are."""

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sdclr.config import source
-from sdclr.engine.folder import RunFolder, storage_errors, sync_folder
+from sdclr.config.schema import ModelSection
+from sdclr.engine.folder import RunFolder, as_umask_says, storage_errors, sync_folder
+from sdclr.engine.plan import model_fingerprint, model_settings
 from sdclr.errors import InputError
 from sdclr.report import console
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdclr.engine.checkpoint import Checkpoint
+    from sdclr.model.components import Components
 
 
 def export(
@@ -20,52 +30,70 @@ def export(
 ) -> None:
     """Write the run's final model, or the base with a checkpoint's weights, and print the file's path. Raises InputError where there is
     none, where it is damaged, and where `output` exists."""
-    from sdclr.model import components, single_file
-    from sdclr.model.checks import WEIGHTS
+    from sdclr.engine.checkpoint import kept_in
+    from sdclr.model import single_file
 
     if precision not in single_file.DTYPES:
         raise InputError(f"--precision must be fp16, bf16 or fp32; got {precision!r}")
     loaded = source.load(config_path, overrides)
     config, folder = loaded.config, RunFolder(loaded.config.folder)
+    if not checkpoint and not folder.final.is_dir():
+        raise InputError(f"{folder.final}: there is no such folder", hint=f"train first: sdclr train {loaded.typed}  (or name a state that was kept: --checkpoint)")  # fmt: skip
     kept = checkpoint or folder.final
-    _refuse_what_cannot_be_read(kept, folder, loaded.typed)
-    target = output or folder.path / "export" / f"{config.run.name}-{kept.name}.safetensors"
+    _refuse_another_base(kept_in(kept), config.model)
+    target = output or folder.path / "export" / f"{config.run.name}-{kept.resolve().name}.safetensors"
     if target.suffix != ".safetensors":
         raise InputError(f"--output {target}: its name must end in .safetensors")
-    if target.exists():
-        raise InputError(f"{target}: is there already", hint="remove it, or name another with --output")
-    parts = components.load(config.model)
-    components.load_trained(parts, kept, tuple(name for name in WEIGHTS if (kept / name).is_dir()))
-    about = single_file.about(parts, f"{config.run.name} {kept.name}", config.data.resolution)
+    _refuse_to_overwrite(target)
+    parts = _whole(config.model, kept)
+    about = single_file.about(parts, f"{config.run.name} {kept.resolve().name}", config.data.resolution)
     _write(target, single_file.original_layout(parts, precision), about)
     console.result(str(target))
 
 
-def _refuse_what_cannot_be_read(kept: Path, folder: RunFolder, typed: str) -> None:
-    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, those_in, verify
-
-    if not (kept / "unet").is_dir():
-        what = "has no unet/ in it" if kept.exists() else "there is no such folder"
-        fresh = f"train first: sdclr train {typed}"
-        raise InputError(f"{kept}: {what}", hint=f"name a state with --checkpoint; {those_in(folder.checkpoints) or fresh}")  # fmt: skip
-    problems = verify(Checkpoint(kept, "", 0)) if (kept / MANIFEST).is_file() else []
-    if problems:
-        raise InputError(f"{kept}: is damaged: {'; '.join(problems)}")
+def _refuse_to_overwrite(target: Path) -> None:
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target}: is there already", hint="remove it, or name another with --output")
 
 
-def _write(target: Path, tensors: dict, about: dict[str, str]) -> None:
+def _refuse_another_base(checkpoint: Checkpoint | None, model: ModelSection) -> None:
+    """What a checkpoint does not hold comes from the base: it must be the one that it was trained from."""
+    before = checkpoint.info() if checkpoint else {}
+    known = before.get("fingerprint") or {}
+    now = {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
+    if checkpoint and any(key in known and known[key] != value for key, value in now.items()):
+        named = before.get("config", {}).get("model", {}).get("base")
+        raise InputError(
+            f"{checkpoint.path}: was trained from {named} as it was then, and model.base is {model.base}",
+            hint="export it with the config of its own run, and put back what that was trained from",
+        )
+
+
+def _whole(model: ModelSection, kept: Path) -> Components:
+    """A whole model as it is; a checkpoint laid over its base."""
+    from sdclr.model import components
+    from sdclr.model.checks import INDEX, WEIGHTS
+
+    if (kept / INDEX).is_file():
+        return components.load(model.model_copy(update={"base": str(kept), "config": None}))
+    parts = components.load(model)
+    components.load_trained(parts, kept, tuple(name for name in WEIGHTS if (kept / name).is_dir()))
+    return parts
+
+
+def _write(target: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]) -> None:
     """Whole or not at all."""
-    import os
-
     from safetensors.torch import save_file
 
-    partial = target.with_name(f".{target.name}.partial")
-    with storage_errors(target):
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with storage_errors(target, again="then run the same command again", place="--output"):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_file(tensors, partial, metadata=about)
+            as_umask_says(partial)
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
+            _refuse_to_overwrite(target)  # another export may have been quicker
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)

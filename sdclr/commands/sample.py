@@ -149,22 +149,11 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
 
 def _column(path: Path, run_name: str | None) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
-    from sdclr.engine.checkpoint import MANIFEST, Checkpoint, available, those_in, verify
+    from sdclr.engine.checkpoint import kept_in
 
-    if not (path / "unet").is_dir():
-        what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
-        hint = (
-            those_in(path.parent)
-            or "sdclr train leaves them in runs/<name>/checkpoints/, and its models in final/ and best/"
-        )
-        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
-    identity = model_fingerprint(str(path))
-    if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
+    checkpoint, identity = kept_in(path), model_fingerprint(str(path))
+    if checkpoint is None:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})
-    checkpoint = Checkpoint(path, path.name.partition("-")[0], 0)
-    problems = verify(checkpoint)
-    if problems:
-        raise InputError(f"{path}: is damaged: {'; '.join(problems)}")
     info = checkpoint.info()
     words = [
         run_name,

@@ -13,7 +13,7 @@ from sdclr.config.kinds import Span
 from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.folder import RunFolder, publish, storage_errors, sync_tree, write_bytes, write_text
+from sdclr.engine.folder import RunFolder, as_umask_says, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Inputs, Plan, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import DivergenceError, InputError, SdclrError, StorageError
 from sdclr.report import console, metrics
@@ -83,6 +83,7 @@ class Session:
         self.config, self.plan, self.folder = config, plan, folder
         self.run = Run(config, inputs, keep_base=False)
         self.processes = self.run.processes
+        self.run.compile_for(plan.steps)  # tries a step out, which must not train what comes next
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
         self.fingerprint = fingerprint(config, inputs)
@@ -103,7 +104,6 @@ class Session:
         from sdclr.engine.signals import StopRequest
 
         plan, config = self.plan, self.config
-        self.run.compile_for(plan.steps)
         self._restore(start) if start else self._begin()
         stopped_early = self._should_stop_early()  # by the run that is being resumed
         steps = optimizer_steps(
@@ -343,11 +343,15 @@ class Session:
         }
 
     def _export(self, weights: dict[str, dict[str, Any]], target: Path) -> None:
-        """The model with these weights as a diffusers folder, written whole."""
+        """The model with these weights as a diffusers folder, written whole; a text encoder in fp32 as all that the pipeline opens beside it."""
+        weights = {
+            name: {key: t.float() for key, t in w.items()} if name != "unet" else w for name, w in weights.items()
+        }
         partial = target.with_name(f".{target.name}.partial")
         with storage_errors(target):
             shutil.rmtree(partial, ignore_errors=True)
             self.run.parts.with_weights(weights).save_pipeline(partial)
+            as_umask_says(partial)
             sync_tree(partial)
             publish(partial, target)
 

@@ -30,6 +30,8 @@ from sdclr.config.kinds import (
 )
 
 Policy = Literal["constant", "linear", "triangular", "triangular2", "exp_range", "welch", "hann", "everydream"]
+BF16_SUMS = 64
+"""Gradients that are summed up in bf16 at most: of 64 the sum is off by 1 %, of 1024 by a quarter."""
 CYCLIC = ("triangular", "triangular2", "exp_range", "welch", "hann", "everydream")
 
 
@@ -65,7 +67,7 @@ class ModelSection(Section):
     train: tuple[Literal["unet", "text_encoder"], ...] = Field(("unet",), description="what is fine-tuned")
     precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16"] = Field(
         "auto",
-        description="of the forward pass, weights stay fp32; full_bf16: of what is trained too, in half the memory, its updates rounded by chance so that small ones add up",
+        description="of the forward pass; weights stay fp32, but in full_bf16: there trained weights and their gradients are bf16 as well (half their memory), and each update is rounded up or down by chance, so that small ones add up",
     )
     attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
     gradient_checkpointing: Literal["auto"] | bool = Field(
@@ -426,8 +428,13 @@ class RunConfig(Section):
 
     @field_validator("batch")
     @classmethod
-    def _nothing_is_left_to_accumulate(cls, batch: BatchSection, info: ValidationInfo) -> BatchSection:
-        optimizer = info.data.get("optimizer")
+    def _accumulation_is_possible(cls, batch: BatchSection, info: ValidationInfo) -> BatchSection:
+        optimizer, model = info.data.get("optimizer"), info.data.get("model")
+        if model and model.precision == "full_bf16" and batch.accumulate > BF16_SUMS:
+            raise problem(
+                f"must be at most {BF16_SUMS} with model.precision: full_bf16, in which more gradients cannot be summed up: each is too small beside the sum; got {batch.accumulate}",
+                at="accumulate",
+            )
         if optimizer and optimizer.fused_backward and batch.accumulate > 1:
             raise problem(
                 f"must be 1 with optimizer.fused_backward, which updates after every backward; got {batch.accumulate}",

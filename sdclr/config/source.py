@@ -281,10 +281,11 @@ def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tupl
 def _paths(detail: ErrorDetails) -> list[Path_]:
     """The places a problem speaks of: its location, or the keys it names itself."""
     location = detail["loc"]
-    if (
-        detail["type"] != "extra_forbidden"
-    ):  # all parts are the schema's own, save what pydantic calls a union's members
-        location = tuple(p for p in location if not isinstance(p, str) or p.replace("_", "").isalnum())
+    # All parts are the schema's own, save what pydantic calls a union's members.
+    if detail["type"] != "extra_forbidden":
+        location = tuple(
+            p for p in location if not isinstance(p, str) or (p.replace("_", "").isalnum() and p != "bool")
+        )
     found = detail.get("ctx", {}).get("found")
     return [(*location, at) if at else location for at, _ in found] if found else [location]
 

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from sdclr.engine import sharding
-from sdclr.engine.folder import discard, publish, storage_errors, sync_folder, sync_tree
+from sdclr.engine.folder import as_umask_says, discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
-from sdclr.errors import CheckpointError, DivergenceError, StorageError
+from sdclr.errors import CheckpointError, DivergenceError, InputError, StorageError
 from sdclr.model.checks import WEIGHTS
 from sdclr.model.components import read_weights
 from sdclr.report.metrics import SCHEMA
@@ -99,6 +99,7 @@ def save_model(
                 save_file(optimizer[0], partial / OPTIMIZER)
             content["optimizer"] = optimizer[1] if optimizer else {}
             (partial / STATE).write_text(json.dumps(content, indent=1, allow_nan=False))
+            as_umask_says(partial)
             _seal(partial)
             publish(partial, final)
         finally:
@@ -156,6 +157,26 @@ def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)
         if kind in kinds and number.isdigit() and path.is_dir():
             found.append(Checkpoint(path, kind, int(number)))
     return sorted(found, key=lambda c: (c.step, c.kind))
+
+
+def kept_in(path: Path) -> Checkpoint | None:
+    """The checkpoint that a folder is, verified; None for another folder with a unet/ inside. Raises InputError for anything else, and
+    where it is damaged."""
+    if not (path / "unet").is_dir():
+        what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
+        hint = (
+            those_in(path.parent)
+            or those_in(path / "checkpoints")
+            or "sdclr train leaves them in runs/<name>/checkpoints/, and its models in final/ and best/"
+        )
+        raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
+    if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
+        return None
+    checkpoint = Checkpoint(path, path.name.partition("-")[0], 0)
+    problems = verify(checkpoint)
+    if problems:
+        raise InputError(f"{path}: is damaged: {'; '.join(problems)}")
+    return checkpoint
 
 
 def those_in(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)) -> str:

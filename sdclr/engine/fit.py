@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sdclr.engine.memory import Needs
 
 SHARE = 0.9
-"""Of the free memory that `batch.size: auto` fills: kernels take some for themselves, and other programs live here too."""
+"""Of the free memory that what is chosen here fills: kernels take some for themselves, and other programs live here too."""
 GIB = 2**30
 
 
@@ -46,11 +46,12 @@ def with_size(config: RunConfig, size: int) -> RunConfig:
 
 def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> RunConfig:
     """Say in one line what the run will need, and whether it fits; a warning when it does not. With `gradient_checkpointing: auto` it is
-    turned on in the config returned, if the run does not fit without."""
+    turned on in the config returned, if the run might not fit without in one of the processes."""
     from sdclr.engine import sharding
 
+    together = processes.Processes(inputs.batches.rank, inputs.batches.processes)
     size, images, held_out = (
-        inputs.batches.size // inputs.batches.processes,
+        inputs.batches.size // together.count,
         len(inputs.split.train),
         len(inputs.split.validation),
     )
@@ -58,10 +59,13 @@ def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -
 
     def counted(config: RunConfig) -> tuple[Needs, int, str]:
         needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
-        return needs.shared(inputs.batches.processes) if in_shares else needs, free, where
+        if together.count > 1:
+            needs = needs.shared(together.count) if in_shares else needs.side_by_side()
+        return needs, free, where
 
     needs, free, where = counted(config)
-    by_need = config.model.gradient_checkpointing == "auto" and needs.at(size) > free
+    by_need = config.model.gradient_checkpointing == "auto" and needs.at(size) > SHARE * free
+    by_need = bool(together.agree(int(by_need)))
     if by_need:
         config = _checkpointed(config)
         needs, free, where = counted(config)
@@ -71,16 +75,11 @@ def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -
     text = f"memory: {'about ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
     text += ", with gradient checkpointing" * by_need
     if need <= free:
-        console.say(text + ", without which it would not fit" * by_need)
+        console.say(text + ", without which it might not fit" * by_need)
         return config
     smaller = 0 if in_shares else _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
     ways = [f"batch.size: {smaller}"] if smaller else []
-    if not config.model.gradient_checkpointing:
-        ways.append("model.gradient_checkpointing: true")
-    if config.optimizer.name == "adamw" and not in_shares:
-        ways.append("optimizer.name: adamw8bit")
-    if config.model.precision != "full_bf16" and not in_shares:
-        ways.append("model.precision: full_bf16")
+    ways += _ways_to_need_less(config, in_shares)
     if needs.recorded:
         ways.append("model.compile: off")
     console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
@@ -113,8 +112,8 @@ def _largest(loaded: LoadedConfig) -> tuple[int, str]:
         size = needs.largest(int(SHARE * free), max(1, images))
     if not size:
         raise ConfigError(
-            [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, {_shown(free)} are free {where}")],
-            hint="set model.precision: full_bf16, optimizer.name: adamw8bit, or a smaller data.resolution",
+            [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, and of {_shown(free)} free {where} {SHARE:.0%} are taken")],
+            hint=f"set {' or '.join([*_ways_to_need_less(config), 'a smaller data.resolution'])}",
         )  # fmt: skip
     limit = (
         "all that the range test trains on"
@@ -135,6 +134,16 @@ def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
     if stored is None or stored.batch.size == "auto" or _matters(stored) != _matters(config):
         return None
     return stored.batch.size, "as its range test was measured with"
+
+
+def _ways_to_need_less(config: RunConfig, in_shares: bool = False) -> list[str]:
+    """Settings that take less memory than the config's."""
+    ways = ["model.gradient_checkpointing: true"] if not config.model.gradient_checkpointing else []
+    if config.optimizer.name == "adamw" and not in_shares:
+        ways.append("optimizer.name: adamw8bit")
+    if config.model.precision != "full_bf16" and not in_shares:
+        ways.append("model.precision: full_bf16")
+    return ways
 
 
 def _checkpointed(config: RunConfig) -> RunConfig:

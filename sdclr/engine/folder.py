@@ -143,6 +143,14 @@ def _hidden(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.pruned")
 
 
+def as_umask_says(path: Path) -> None:
+    """Let others open a file, or all below a folder, as they may what this user writes: safetensors makes files that nobody else can read."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        file.chmod(0o666 & ~mask)
+
+
 def sync_tree(folder: Path) -> None:
     """Make every file and folder below survive a power cut."""
     for directory, _, names in os.walk(folder, topdown=False):
@@ -162,16 +170,19 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def storage_errors(path: Path) -> Iterator[None]:
+def storage_errors(
+    path: Path,
+    again: str = "then run the same command again, sdclr train with --resume",
+    place: str = "run.output_dir",
+) -> Iterator[None]:
     """Turn the system's refusal to write into a StorageError that names the place and the remedy."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors wraps the system's refusal in an error of its own
         code = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in str(error) else 0)
-        again = "then run the same command again, sdclr train with --resume"
         hint = {
             errno.ENOSPC: f"free some space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.at_troughs); {again}",
-            errno.EROFS: "the disk is read-only: set run.output_dir to one that is not",
-            errno.EACCES: "you may not write there: set run.output_dir to a folder of yours",
+            errno.EROFS: f"the disk is read-only: set {place} to one that is not",
+            errno.EACCES: f"you may not write there: set {place} to a place of yours",
         }.get(code, f"check that the folder still exists and can be written; {again}")
         raise StorageError(f"{path}: cannot be written: {getattr(error, 'strerror', None) or error}", hint) from error

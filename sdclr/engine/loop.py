@@ -131,7 +131,11 @@ def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerat
     if state.in_backward:
         return state.in_backward.grad_norm()
     accelerator.unscale_gradients()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+    grads = [p.grad for p in state.parameters if p.grad is not None]
+    if isinstance(state.optimizer, Rounded):  # torch would sum up those in bf16 in bf16
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    else:
+        norm = torch.nn.utils.get_total_norm(grads)
     value = float(sharding.whole(norm))
     # torch's clip_grad_norm_ goes through all gradients once more to multiply them by 1 where they are short enough.
     if max_norm is not None and value > max_norm - 1e-5:

@@ -78,6 +78,10 @@ class Needs:
         }
         return dataclasses.replace(self, parts=parts)
 
+    def side_by_side(self) -> Needs:
+        """What each of several processes needs, which exchange their gradients through a copy of them."""
+        return dataclasses.replace(self, parts=self.parts | {"exchange": self.parts["weights"]})
+
     def working(self, batch: int) -> int:
         """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
         is recorded, for its memory stays its own), and what is kept beside them."""
@@ -282,15 +286,17 @@ class _Work:
 
     def _update(self, parameters: list[torch.nn.Parameter]) -> None:
         """What the update of these takes for itself: of bf16 weights copies in fp32, and 8-bit AdamW on the CPU a few of each."""
-        narrow = self.config.model.precision == "full_bf16"
+        narrow = bool(components.narrowed(self.config.model))
         few = EIGHT_BITS_ON_CPU if self.config.optimizer.name == "adamw8bit" and self.device.type == "cpu" else 0
+        if not narrow and not few:
+            return
         for some in rounding.together(parameters) if narrow else ([parameter] for parameter in parameters):
             copies = [p.float() for _ in range(2) for p in some] if narrow else []
             largest = max(some, key=torch.Tensor.numel)
             if few:
                 torch.empty(few * largest.numel(), device=self.where)
             if narrow:
-                rounding.rounded(largest.float(), None)
+                rounding.rounded(max(copies, key=torch.Tensor.numel), None)
             del copies
 
     def _autocast(self) -> Any:

@@ -21,14 +21,13 @@ from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Sample
 from sdclr.data.dataset import View, views
 from sdclr.data.pairs import printable
-from sdclr.engine import graph, optimizers, sharding
+from sdclr.engine import graph, optimizers, rounding, sharding
 from sdclr.engine.encoding import Encoded, Encoder
 from sdclr.engine.graph import Graph
 from sdclr.engine.loop import AddGradients, TrainState, gradients_of
 from sdclr.engine.optimizers import InBackward
 from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
-from sdclr.engine.rounding import Rounded
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import InputError, first_line
 from sdclr.model import components
@@ -70,6 +69,8 @@ class Run:
         optimizers.refuse_what_cannot_run(config.optimizer, self.accelerator.mixed_precision, self.processes.count)
         if config.model.compile == "on" and self.processes.count > 1:
             raise InputError("model.compile: on is for one process", hint="set model.compile: auto")
+        if config.model.precision == "full_bf16":
+            rounding.refuse_mixed_cards(self.device, self.processes)
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model, to_train=True)
         self._say_what_is_cut()
@@ -304,9 +305,9 @@ class Run:
         groups = [{"params": list(self.modules["unet"].parameters()), "lr_scale": 1.0}]
         if "text_encoder" in self.modules:
             groups.append({"params": list(self.modules["text_encoder"].parameters()), "lr_scale": c.text_encoder_scale})
-        optimizer = optimizers.new(c, groups)
-        if self.config.model.precision == "full_bf16":
-            optimizer = Rounded(optimizer, self.config.run.seed)
+        new = functools.partial(optimizers.new, c)
+        full = self.config.model.precision == "full_bf16"
+        optimizer = rounding.Rounded(new, groups, self.config.run.seed) if full else new(groups)
         self.accelerator._optimizers.clear()  # one optimizer at a time: an arm's must not be unscaled with the next one's
         return self.accelerator.prepare_optimizer(optimizer) if self.accelerator.scaler is not None else optimizer
 

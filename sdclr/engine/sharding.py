@@ -43,7 +43,7 @@ def refuse_other_ways(optimizer: str, asked: str, precision: str) -> None:
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
     if optimizer in ("adafactor", "adamw8bit"):  # norms over rows, and scales of blocks, that lie in several processes
         raise InputError(f"{optimizer} cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
-    if asked == "full_bf16":  # each process would have to round its share alone
+    if asked == "full_bf16":  # what is rounded up would depend on how many share it out
         raise InputError("full_bf16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
     if precision == "fp16":  # each process would find a loss scale of its own
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
@@ -59,7 +59,7 @@ def let_every_process_load() -> None:
 def shard(module: torch.nn.Module, device: torch.device, precision: str) -> None:
     """Leave each process its share of a module's parameters, in place; they are gathered by the blocks its library keeps whole.
 
-    With `precision` bf16 they are gathered as bf16, and gradients summed in fp32: autocast would keep a copy of all that it casts.
+    With `precision` bf16 they are gathered as bf16, and gradients summed in fp32: what autocast casts is kept for the backward, whole.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (processes.count(),))
     reshard = _set("FSDP_RESHARD_AFTER_FORWARD", "true")

@@ -34,7 +34,7 @@ from sdclr.model.checks import MODEL_HINT, WEIGHTS
 
 @dataclasses.dataclass
 class Components:
-    """The parts of one Stable Diffusion, all in fp32; `noise_scheduler` is the diffusion's, not the learning rate's.
+    """The parts of one Stable Diffusion, in fp32 unless `load` says otherwise; `noise_scheduler` is the diffusion's, not the learning rate's.
 
     SDXL has a second tokenizer and text encoder, and may want zeros, rather than an empty caption's encoding, where there is no caption.
     """
@@ -64,6 +64,13 @@ class Components:
         return [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
 
     @property
+    def kind(self) -> str:
+        """The family, which its text encoders tell apart: 1.x reads with OpenAI's CLIP, 2.x with OpenCLIP, SDXL with both."""
+        if self.is_xl:
+            return "SDXL"
+        return "Stable Diffusion 2.x" if self.text_encoder.config.hidden_act == "gelu" else "Stable Diffusion 1.x"
+
+    @property
     def networks(self) -> dict[str, Any]:
         """All that has weights, by name."""
         named = {name: getattr(self, name) for name in WEIGHTS}
@@ -78,8 +85,7 @@ class Components:
         weights = sum(p.numel() for p in self.unet.parameters())
         target = self.noise_scheduler.config.prediction_type
         predicted = {"epsilon": "the noise", "v_prediction": "the velocity"}.get(target, target)
-        kind = "SDXL" if self.is_xl else "Stable Diffusion 1.x or 2.x"
-        return f"{kind}, with a UNet of {weights:,} weights that predicts {predicted}"
+        return f"{self.kind}, with a UNet of {weights:,} weights that predicts {predicted}"
 
     def put_away(self, trained: tuple[str, ...]) -> None:
         """Off the device with what is not trained."""
@@ -270,7 +276,19 @@ def load_trained(parts: Components, folder: Path, names: tuple[str, ...]) -> Non
 
 def read_trained(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
     """The weights of the named parts of a checkpoint's or run's folder."""
-    return {name: read_weights(folder / name / f"{WEIGHTS[name]}.safetensors") for name in names}
+    return {name: _read_part(folder / name / f"{WEIGHTS[name]}.safetensors") for name in names}
+
+
+def _read_part(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of one file, or of those that the libraries have split it into."""
+    index = path.with_name(f"{path.name}.index.json")
+    if path.is_file() or not index.is_file():
+        return read_weights(path)
+    try:
+        names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index}: cannot be read: {first_line(error)}") from error
+    return {key: tensor for name in sorted(names) for key, tensor in read_weights(path.with_name(name)).items()}
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -38,7 +38,10 @@ OPEN_CLIP = {
 }  # fmt: skip
 """diffusers' and transformers' names, and those of the single file."""
 LAYERS_OF_SD2 = 24
-"""Of 2.x's text encoder the last layer is never computed, and diffusers' folders do not have it; readers that are strict want it."""
+"""Of 2.x's text encoder the last layer is never computed, and diffusers' folders do not have it; the published files do."""
+ARCHITECTURES = {
+    "Stable Diffusion 1.x": "stable-diffusion-v1", "Stable Diffusion 2.x": "stable-diffusion-v2", "SDXL": "stable-diffusion-xl-v1-base",
+}  # fmt: skip
 
 
 def original_layout(parts: Components, precision: str) -> State:
@@ -53,29 +56,35 @@ def original_layout(parts: Components, precision: str) -> State:
         found |= {f"conditioner.embedders.0.transformer.text_model.{name}": tensor for name, tensor in first.items()}
         second = _open_clip(_bare(parts.text_encoder_2))
         found |= {f"conditioner.embedders.1.model.{name}": tensor for name, tensor in second.items()}
-    elif parts.text_encoder.config.hidden_act == "gelu":
+    elif parts.kind == "Stable Diffusion 2.x":
         found |= {f"cond_stage_model.model.{name}": tensor for name, tensor in _of_sd2(_open_clip(first)).items()}
     else:
         found |= {f"cond_stage_model.transformer.text_model.{name}": tensor for name, tensor in first.items()}
-    return {name: _as(precision, name, tensor) for name, tensor in found.items()}
+    return {name: _as(precision, name, tensor) for name, tensor in found.items()} | _marks(parts)
 
 
 def about(parts: Components, title: str, resolution: int) -> dict[str, str]:
     """What a reader may want to know of it, as the file's metadata (Stability's ModelSpec 1.0)."""
-    kind = "stable-diffusion-xl-v1-base" if parts.is_xl else "stable-diffusion-v2" if parts.text_encoder.config.hidden_act == "gelu" else "stable-diffusion-v1"  # fmt: skip
     prediction = {"epsilon": "epsilon", "v_prediction": "v"}[parts.noise_scheduler.config.prediction_type]
-    spec = {"sai_model_spec": "1.0.0", "architecture": kind, "implementation": "sgm" if parts.is_xl else "ldm", "title": title,
+    spec = {"sai_model_spec": "1.0.0", "architecture": ARCHITECTURES[parts.kind], "implementation": "sgm" if parts.is_xl else "ldm", "title": title,
             "prediction_type": prediction, "resolution": f"{resolution}x{resolution}"}  # fmt: skip
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in spec.items()}}
 
 
+def _marks(parts: Components) -> State:
+    """Tensors without content, by whose names ComfyUI and Forge know what an SDXL that is not the first one predicts, from what noise."""
+    scheduler = parts.noise_scheduler.config
+    marks = {"v_pred": scheduler.prediction_type == "v_prediction", "ztsnr": scheduler.get("rescale_betas_zero_snr")}
+    return {name: torch.empty(0) for name, wanted in marks.items() if wanted and parts.is_xl}
+
+
 def _as(precision: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     found = tensor.detach().cpu().to(DTYPES[precision]).contiguous()
-    if not torch.isfinite(found).all():
-        raise InputError(
-            f"{name}: holds numbers that {precision} cannot hold", hint="export it with --precision bf16 or fp32"
-        )
-    return found
+    if torch.isfinite(found).all():
+        return found
+    if torch.isfinite(tensor).all():
+        raise InputError(f"{name}: holds numbers beyond what {precision} can, export it with --precision bf16 or fp32")
+    raise InputError(f"{name}: holds numbers that are not finite", hint="export another state of the run")
 
 
 def _unet(state: State) -> Iterator[tuple[str, torch.Tensor]]:

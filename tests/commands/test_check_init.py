@@ -30,7 +30,7 @@ def test_check_prints_the_plan_and_trains_nothing(config, capsys):
     assert out == f"{path}: config, images, captions and model can be used\n"
     for words in (
         "8 to train on, 2 held out", "2 samples a step; 4 steps an epoch", "8 (2 epochs)", "triangular, 2 cycles of 4 steps",
-        "0 to 0.001; the last step is at 0.0005", "exposure 0.004", "every 2 steps", "model: Stable Diffusion 1.x or 2.x, with a UNet of ", " weights that predicts the noise",
+        "0 to 0.001; the last step is at 0.0005", "exposure 0.004", "every 2 steps", "model: Stable Diffusion 1.x, with a UNet of ", " weights that predicts the noise",
     ):  # fmt: skip
         assert words in err
     assert not (path.parent / "runs" / "tiny").exists()

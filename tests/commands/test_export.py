@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -17,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdclr.commands.export import export
 from sdclr.commands.train import train
 from sdclr.config.schema import ModelSection
-from sdclr.errors import InputError
+from sdclr.errors import InputError, StorageError
 from sdclr.model import components, single_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -127,7 +131,7 @@ def test_at_true_size_the_names_are_those_of_the_published_files(name, counts, k
         more = {"text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(max_position_embeddings=77, **shape["second"]))} if name == "sdxl" else {}  # fmt: skip
         parts = components.Components(
             tokenizer=nothing, vae=vae_of(shape), text_encoder=first, unet=UNet2DConditionModel(**shape["unet"]),
-            noise_scheduler=nothing, sampler=nothing, **more,
+            noise_scheduler=DDPMScheduler(), sampler=nothing, **more,
         )  # fmt: skip
         monkeypatch.setattr(single_file, "_as", lambda precision, name, tensor: tensor)
         found = single_file.original_layout(parts, "fp16")
@@ -138,6 +142,35 @@ def test_at_true_size_the_names_are_those_of_the_published_files(name, counts, k
         assert found["first_stage_model.encoder.mid.attn_1.q.weight"].shape == (512, 512, 1, 1)
     else:
         assert found["conditioner.embedders.1.model.text_projection"].shape == (1280, 1280)
+
+
+def test_a_model_in_several_files_is_exported_and_its_base_is_not_asked_for(trained, tmp_path, capsys):
+    """As diffusers writes SDXL's UNet in fp32, which is larger than the ten gigabytes that it puts into one."""
+    kind, _, path = trained
+    export(path, precision="fp32", output=tmp_path / "whole.safetensors")
+    split = tmp_path / "split"
+    KINDS[kind].from_pretrained(path.parent / "runs" / "tiny" / "final").save_pretrained(split, max_shard_size="40KB")
+    assert len(list((split / "unet").glob("*-of-*.safetensors"))) > 1
+    gone = ["model.base=nowhere"]
+    export(path, gone, checkpoint=split, precision="fp32", output=tmp_path / "again.safetensors")
+    one, other = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    read = components.read_trained(split, ("unet",))["unet"]
+    assert all(torch.equal(read[key], t) for key, t in components.read_trained(path.parent / "runs" / "tiny" / "final", ("unet",))["unet"].items())  # fmt: skip
+
+
+def test_an_xl_that_predicts_velocity_says_so(xl, tmp_path):
+    shutil.copytree(xl, tmp_path / "xl")
+    file = tmp_path / "xl" / "scheduler" / "scheduler_config.json"
+    scheduler = json.loads(file.read_text()) | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    file.write_text(json.dumps(scheduler))
+    found = single_file.original_layout(components.load(ModelSection(base=str(tmp_path / "xl"))), "fp16")
+    assert found["v_pred"].numel() == found["ztsnr"].numel() == 0
+    save_file(found, tmp_path / "v.safetensors")
+    opened(tmp_path / "v.safetensors", "XL", tmp_path / "xl")
+    plain = single_file.original_layout(components.load(ModelSection(base=str(xl))), "fp16")
+    assert found.keys() - plain.keys() == {"v_pred", "ztsnr"}
 
 
 def test_of_sd_2_a_last_layer_stands_there_for_its_name(second):
@@ -176,6 +209,8 @@ def test_what_cannot_be_exported_is_named_with_the_way_on(copied, tmp_path):
         file.seek(-1, 2)
         file.write(b"\xff")
     refused("is damaged", copied, checkpoint=trough)
+    (trough / "manifest.json").unlink()
+    refused("is damaged: manifest.json is missing", copied, checkpoint=trough)
     assert [path.name for path in (run / "export").iterdir()] == ["tiny-final.safetensors"]
 
 
@@ -184,12 +219,30 @@ def test_a_weight_beyond_fp16_is_named(copied):
     tensors = load_file(file)
     tensors["conv_in.weight"] = tensors["conv_in.weight"] + 1e6
     save_file(tensors, file, metadata={"format": "pt"})
-    problem = refused(r"input_blocks\.0\.0\.weight: holds numbers that fp16 cannot hold", copied)
-    assert "--precision bf16" in str(problem.hint)
+    refused(r"input_blocks\.0\.0\.weight: holds numbers beyond what fp16 can, export it with --precision bf16", copied)
     export(copied, precision="bf16")
+    tensors["conv_in.weight"] = tensors["conv_in.weight"] * torch.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    refused(
+        r"input_blocks\.0\.0\.weight: holds numbers that are not finite",
+        copied,
+        precision="fp32",
+        output=file.with_name("x.safetensors"),
+    )
 
 
-def test_the_command_prints_the_path_and_a_full_disk_leaves_nothing(copied, sdclr, monkeypatch):
+def test_a_full_disk_leaves_nothing_and_names_another_place(copied, monkeypatch, tmp_path):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(StorageError, match=r"out\.safetensors: cannot be written: No space left"):
+        export(copied, output=tmp_path / "there" / "out.safetensors")
+    assert list((tmp_path / "there").iterdir()) == []
+
+
+def test_the_command_prints_the_path(copied, sdclr):
     done = sdclr("export", copied, "--precision", "bf16")
     assert done.returncode == 0
     assert Path(done.stdout.strip()).is_file()
@@ -198,3 +251,62 @@ def test_the_command_prints_the_path_and_a_full_disk_leaves_nothing(copied, sdcl
     wrong = sdclr("export", copied, "--precision", "fp8")
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_checkpoint_of_another_base_is_refused_though_it_would_fit(copied, model, tmp_path):
+    shutil.copytree(model, tmp_path / "other")
+    tensors = {name: tensor + 0.01 for name, tensor in load_file(tmp_path / "other" / UNET).items()}
+    save_file(tensors, tmp_path / "other" / UNET, metadata={"format": "pt"})
+    trough = next((copied.parent / "runs" / "tiny" / "checkpoints").glob("trough-*"))
+    base = f"model.base={tmp_path / 'other'}"
+    problem = refused(
+        f"was trained from {model} .*and model.base is {tmp_path / 'other'}",
+        copied,
+        overrides=[base],
+        checkpoint=trough,
+    )
+    assert "its own run" in str(problem.hint)
+
+
+def test_a_torn_model_is_not_mended_with_the_bases_parts(copied):
+    final = copied.parent / "runs" / "tiny" / "final"
+    shutil.rmtree(final / "text_encoder")
+    refused("final: text_encoder/ is missing|final.* lacks|text_encoder", copied)
+
+
+def test_what_is_written_can_be_opened_by_those_whom_the_umask_lets(copied):
+    export(copied)
+    run = copied.parent / "runs" / "tiny"
+    files = [
+        run / "export" / "tiny-final.safetensors",
+        run / "final" / UNET,
+        *run.glob("checkpoints/*/unet/*.safetensors"),
+    ]
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o666 & ~mask}
+
+
+def test_a_name_that_is_too_long_and_a_sigterm_end_in_a_message(copied, sdclr, tmp_path):
+    long = tmp_path / ("x" * 300 + ".safetensors")
+    for option in ("--output", "--checkpoint"):
+        done = sdclr("export", copied, option, long)
+        assert done.returncode == 2
+        assert "File name too long" in done.stderr
+        assert "Traceback" not in done.stderr
+    script = f"""
+import os, signal, sys
+import safetensors.torch
+real = safetensors.torch.save_file
+def save_file(*arguments, **more):
+    real(*arguments, **more)
+    os.kill(os.getpid(), signal.SIGTERM)
+safetensors.torch.save_file = save_file
+sys.argv = ["sdclr", "export", {str(copied)!r}]
+from sdclr.cli import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143
+    assert "stopped by SIGTERM" in done.stderr
+    assert list((copied.parent / "runs" / "tiny" / "export").iterdir()) == []

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -516,3 +517,15 @@ def test_a_process_told_to_terminate_saves_exits_143_and_meanwhile_its_lock_name
     ours, theirs = ([r for r in metrics.read(f) if r["kind"] == "step"][:8] for f in (log, trained / "metrics.jsonl"))
     assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
     shutil.rmtree(runs(path))
+
+
+def test_trying_a_compiled_step_out_trains_nothing(config, monkeypatch):
+    """Where weights are updated in the backward, the trial would be a step at whatever rate the optimizer was made with."""
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+    # With others the weights would lie channels last, which leaves other bits.
+    fused = ["optimizer.name=adamw8bit", "optimizer.fused_backward=true", "optimizer.max_grad_norm=null"]
+    for name in ("off", "on"):
+        train(config(), [*fused, f"run.name={name}", f"model.compile={name}"])
+    runs = config().parent / "runs"
+    one, other = (load_file(runs / name / "final" / "unet" / "diffusion_pytorch_model.safetensors") for name in ("off", "on"))  # fmt: skip
+    assert all(torch.equal(one[key], other[key]) for key in one)

@@ -96,13 +96,13 @@ def test_checkpointing_is_turned_on_where_a_run_would_not_fit_without_and_leaves
         chosen = source.load(path, [f"model.gradient_checkpointing={setting}"]).config
         return memory.count(chosen, 8, 2, torch.device("cpu"), only=6).at(6)
 
-    free(monkeypatch, count(False))
+    free(monkeypatch, int(count(False) / 0.9) + 1)
     assert settle_memory(loaded.config, inputs).model.gradient_checkpointing == "auto"
     assert "checkpointing" not in capsys.readouterr().err
     train(path)
-    free(monkeypatch, count(False) - 1)
+    free(monkeypatch, int(count(False) / 0.9) - 1)
     assert settle_memory(loaded.config, inputs).model.gradient_checkpointing is True
-    assert "without which it would not fit" in " ".join(capsys.readouterr().err.split())
+    assert "without which it might not fit" in " ".join(capsys.readouterr().err.split())
     seen = []
     real = components.prepare_for_training
     monkeypatch.setattr(components, "prepare_for_training", lambda parts, model, device: (seen.append(model.gradient_checkpointing), real(parts, model, device)))  # fmt: skip

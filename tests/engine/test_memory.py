@@ -92,6 +92,11 @@ def test_what_is_recorded_keeps_its_memory_beside_that_of_validation(config):
     assert recorded.working(4) == needs.training.peak(4) + needs.validation.peak(8)
 
 
+def test_several_processes_exchange_gradients_through_a_copy(config):
+    needs = needs_of(config(), only=4)
+    assert needs.side_by_side().at(4) == needs.at(4) + needs.parts["weights"]
+
+
 def test_the_largest_batch_is_the_last_that_fits(config):
     needs = needs_of(config())
     for batch in (1, 7, 100):

@@ -240,6 +240,25 @@ def test_half_precision_trains_in_shares_what_it_trains_alone(write, tmp_path):
     assert base.keys() == tensors[0].keys() == tensors[1].keys()
 
 
+def test_bf16_weights_are_trained_together_and_refused_in_shares(write, tmp_path):
+    """To the rounding of bf16. Processes that stopped exchanging gradients would soon tell of other norms."""
+    norms = {}
+    for way in COUNTS:
+        (folder := tmp_path / way).mkdir()
+        path = write(folder, "train: {steps: 6}")
+        path.write_text(path.read_text().replace("train: [unet, text_encoder]", "train: [unet], precision: full_bf16"))
+        ended = launch_as(way, command("train", path), folder / "said")
+        if way == "in shares":
+            assert ended.codes == (2, 2), ended.err
+            assert said_once(ended, "full_bf16 cannot be trained in shares (FSDP)")
+            continue
+        assert ended.codes == (0,) * COUNTS[way], ended.err
+        records = metrics.read(folder / "runs" / "tiny" / "metrics.jsonl")
+        norms[way] = [record["grad_norm"] for record in records if record["kind"] == "step"]
+    assert len(norms["alone"]) == 6
+    assert norms["side by side"] == pytest.approx(norms["alone"], rel=0.02)
+
+
 def test_momentum_goes_on_in_shares(write, tmp_path):
     """SGD's one number a weight comes back as it was, from shares to shares."""
     settings = (
