@@ -30,9 +30,9 @@ from sdclr.config.kinds import (
 )
 
 Policy = Literal["constant", "linear", "triangular", "triangular2", "exp_range", "welch", "hann", "everydream"]
+CYCLIC = ("triangular", "triangular2", "exp_range", "welch", "hann", "everydream")
 BF16_SUMS = 64
 """Gradients that are summed up in bf16 at most: of 64 the sum is off by 1 %, of 1024 by a quarter."""
-CYCLIC = ("triangular", "triangular2", "exp_range", "welch", "hann", "everydream")
 
 
 class RunSection(Section):
@@ -64,14 +64,19 @@ class ModelSection(Section):
     config: str | None = Field(
         None, description="for a .safetensors file: the diffusers folder or hub id with its configs and tokenizer"
     )
-    train: tuple[Literal["unet", "text_encoder"], ...] = Field(("unet",), description="what is fine-tuned")
+    train: tuple[Literal["unet", "text_encoder"], ...] = Field(
+        ("unet",), description="what is fine-tuned: [unet] or [unet, text_encoder]"
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16", "full_bf16"] = Field(
         "auto",
-        description="of the forward pass; weights stay fp32, but in full_bf16: there trained weights and their gradients are bf16 as well (half their memory), and each update is rounded up or down by chance, so that small ones add up",
+        description="auto, fp32, bf16, fp16: of the forward pass, with weights in fp32; full_bf16: trained weights and gradients in bf16 too (half their memory), updates rounded up or down by chance so that small ones add up",
     )
-    attention: Literal["auto", "sdpa", "xformers"] = Field("auto", description="attention kernel")
+    attention: Literal["auto", "sdpa", "xformers"] = Field(
+        "auto", description="attention kernel: auto, sdpa or xformers"
+    )
     gradient_checkpointing: Literal["auto"] | bool = Field(
-        "auto", description="less memory, about a third slower; auto: where the run would not fit without"
+        "auto",
+        description="true or false: less memory, about a third slower; auto: where the run might not fit without",
     )
     compile: Literal["auto", "on", "off"] = Field(
         "auto",
@@ -113,7 +118,7 @@ class DataSection(Section):
         description="folder of pictures, each with a .txt or .caption beside it (else the file name is the caption)"
     )
     resolution: Annotated[int, Field(ge=32, le=4096)] = Field(512, description="pixels, a multiple of 8")
-    crop: Literal["center", "random"] = Field("center", description="how a picture becomes square")
+    crop: Literal["center", "random"] = Field("center", description="how a picture becomes square: center or random")
     crops: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="random crops encoded for each picture (crop: random)"
     )
@@ -156,14 +161,17 @@ class OptimizerSection(Section):
     """The optimizer; its betas are never cycled."""
 
     name: Literal["adamw", "adamw8bit", "adafactor", "sgd"] = Field(
-        "adamw", description="adamw8bit: its two numbers a weight in a byte each (pip install 'sdclr[bitsandbytes]')"
+        "adamw",
+        description="adamw, adamw8bit (its two numbers a weight in a byte each; pip install 'sdclr[bitsandbytes]'), adafactor or sgd",
     )
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
         (0.9, 0.999), description="adamw, adamw8bit"
     )
     eps: Annotated[float, Field(gt=0, le=1)] = Field(1e-8, description="adamw, adamw8bit")
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd")
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = Field(
+        0.01, description="share of each weight taken away in a step, times the rate (sgd: added to the gradient)"
+    )
     max_grad_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
         1.0, description="null: no clipping"
     )
@@ -265,7 +273,10 @@ class Group(Section):
 class ScheduleSection(Section):
     """The learning rate as a function of the optimizer step, in Smith's and torch's words (arXiv 1506.01186)."""
 
-    policy: Policy = "triangular"
+    policy: Policy = Field(
+        "triangular",
+        description="constant, linear (down to base_lr), triangular, triangular2 (half as high each cycle), exp_range (times gamma each step), welch, hann, or everydream (EveryDream2's unclamped cosine)",
+    )
     base_lr: Rate = Field(0.0, description="rate at the troughs")
     max_lr: Rate | Literal["auto"] = Field(
         "auto", description="rate at the peaks; auto: from the newest range test that fits"
@@ -274,7 +285,7 @@ class ScheduleSection(Section):
     cycles: Annotated[float, Field(gt=0, le=10_000, allow_inf_nan=False)] | None = Field(
         None, description="number of cycles in the run (or give step_size)"
     )
-    start: Literal["low", "peak"] = "low"
+    start: Literal["low", "peak"] = Field("low", description="where a cycle begins: low or peak")
     gamma: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="exp_range: factor a step on the height"
     )
@@ -395,11 +406,17 @@ class CheckpointSection(Section):
 class SampleSection(Section):
     """The comparison grids."""
 
-    prompts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=200)] = ("a photo",)
-    negative_prompt: Text = ""
-    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=200)] = (1, 2, 3)
+    prompts: Annotated[tuple[Text, ...], Field(min_length=1, max_length=200)] = Field(
+        ("a photo",), description="a row each"
+    )
+    negative_prompt: Text = Field("", description="what the pictures should not show")
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=200)] = Field(
+        (1, 2, 3), description="one picture each of every prompt, from the same noise in every column"
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="of the sampler")
-    guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = 7.5
+    guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = Field(
+        7.5, description="how strongly the prompt is followed (classifier-free guidance); 1: not beyond the model's own"
+    )
 
 
 class RunConfig(Section):

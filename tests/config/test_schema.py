@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from sdclr.config.kinds import Section, Span, parse_span, show_span
 from sdclr.config.schema import CYCLIC, RunConfig, ScheduleSection
@@ -138,3 +141,25 @@ def test_a_setting_of_another_optimizer_is_refused(key: str, name: str) -> None:
     else:
         with pytest.raises(ValidationError, match="has no effect"):
             config(optimizer={"name": name, key: value})
+
+
+def leaves(model: type[BaseModel], at: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    for name, field in model.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Section):
+            yield from leaves(inner, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", field
+
+
+def words_of(annotation: Any) -> set[str]:
+    if get_origin(annotation) is Literal:
+        return set(get_args(annotation))
+    return {word for part in get_args(annotation) for word in words_of(part)}
+
+
+@pytest.mark.parametrize(("key", "field"), leaves(RunConfig), ids=lambda value: value if isinstance(value, str) else "")
+def test_what_may_stand_at_a_key_is_told_beside_it(key: str, field: FieldInfo) -> None:
+    assert field.description, f"{key} does not say what it is"
+    said = set(re.findall(r"\w+", field.description))
+    assert not words_of(field.annotation) - said, f"{key} does not say what else it may be"
