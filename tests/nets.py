@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
+
+from sdclr.engine.checkpoint import pack_optimizer
 
 EVERY = ("adamw", "adamw8bit", "adafactor", "sgd")
 
@@ -28,3 +33,14 @@ def groups_of(net: Net) -> list[dict]:
 
 def batches(step: int) -> list[torch.Tensor]:
     return [torch.randn(8, 64, generator=torch.Generator().manual_seed(step))]
+
+
+def written_and_read(
+    optimizer: torch.optim.Optimizer, folder: Path
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Its state as a checkpoint gives it back."""
+    tensors, numbers = pack_optimizer(optimizer)
+    if tensors:
+        save_file(tensors, folder / "optimizer.safetensors")
+        tensors = load_file(folder / "optimizer.safetensors")
+    return tensors, numbers

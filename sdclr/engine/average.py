@@ -41,13 +41,14 @@ def of_troughs(folder: Path, names: tuple[str, ...]) -> tuple[Average | None, li
 def mean_weights(checkpoints: Sequence[Checkpoint], names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
     """Mean of the checkpoints' weights, read one after another and summed up in fp32; what is not a floating-point number is the last one's."""
     mean: dict[str, dict[str, torch.Tensor]] = {}
+    last: dict[str, dict[str, torch.Tensor]] = {}
     for number, checkpoint in enumerate(checkpoints, 1):
-        for name, weights in read_trained(checkpoint.path, names).items():
+        last = read_trained(checkpoint.path, names)
+        for name, weights in last.items():
             so_far = mean.setdefault(name, {})
             for key, value in weights.items():
                 floating = value.is_floating_point() and key in so_far
                 so_far[key] = so_far[key] + (value.float() - so_far[key]) / number if floating else value
-    kinds = read_trained(checkpoints[-1].path, names)
     return {
-        name: {key: value.to(kinds[name][key].dtype) for key, value in found.items()} for name, found in mean.items()
+        name: {key: value.to(last[name][key].dtype) for key, value in found.items()} for name, found in mean.items()
     }

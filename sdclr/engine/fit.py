@@ -105,11 +105,12 @@ def _largest(loaded: LoadedConfig) -> tuple[int, str]:
     images = min(len(found.train), measured)
     # The range test trains on fewer images, and keeps a copy of the untouched weights; so that both commands settle on the same number,
     # train reckons with that too.
-    needs, free, where = _needs(with_size(config, 1), images, len(every) - images, keeps_base=True)
-    size = needs.largest(int(SHARE * free), max(1, images))
-    if not size and config.model.gradient_checkpointing == "auto":
-        needs, free, where = _needs(with_size(_checkpointed(config), 1), images, len(every) - images, keeps_base=True)
+    by_need = [_checkpointed(config)] if config.model.gradient_checkpointing == "auto" else []
+    for tried in (config, *by_need):
+        needs, free, where = _needs(with_size(tried, 1), images, len(every) - images, keeps_base=True)
         size = needs.largest(int(SHARE * free), max(1, images))
+        if size:
+            break
     if not size:
         raise ConfigError(
             [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, and of {_shown(free)} free {where} {SHARE:.0%} are taken")],

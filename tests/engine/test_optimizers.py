@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from nets import EVERY, Net, batches, groups_of
-from safetensors.torch import load_file, save_file
+from nets import EVERY, Net, batches, groups_of, written_and_read
 
 from sdclr.config.schema import OptimizerSection
 from sdclr.engine import fit, optimizers
@@ -64,10 +63,7 @@ def test_no_two_gradients_lie_there_together():
 def test_a_state_that_was_written_and_read_goes_on_with_the_same_bits(name, fused, tmp_path):
     whole, _, _ = trained(name, fused, steps=9)
     net, state, _ = trained(name, fused, steps=5)
-    tensors, numbers = pack_optimizer(state.optimizer)
-    if tensors:
-        save_file(tensors, tmp_path / "optimizer.safetensors")
-        tensors = load_file(tmp_path / "optimizer.safetensors")
+    tensors, numbers = written_and_read(state.optimizer, tmp_path)
     again = Net()
     again.load_state_dict(net.state_dict())
     optimizer = optimizers.new(OptimizerSection(name=name), groups_of(again))

@@ -10,8 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline
-from nets import EVERY, Net, batches, groups_of
-from safetensors.torch import load_file, save_file
+from nets import EVERY, Net, batches, groups_of, written_and_read
+from safetensors.torch import load_file
 
 from sdclr.commands.train import train
 from sdclr.config import source
@@ -153,11 +153,8 @@ def test_the_models_parameters_stay_the_ones_that_others_have_hooked_on(monkeypa
 def test_a_state_that_was_written_and_read_goes_on_with_the_same_bits(name, fused, tmp_path):
     whole, _, _ = trained(name, fused, steps=9)
     net, state, _ = trained(name, fused, steps=5)
-    tensors, numbers = pack_optimizer(state.optimizer)
+    tensors, numbers = written_and_read(state.optimizer, tmp_path)
     assert not any(tensor.dtype == torch.bfloat16 for tensor in tensors.values())
-    if tensors:
-        save_file(tensors, tmp_path / "optimizer.safetensors")
-        tensors = load_file(tmp_path / "optimizer.safetensors")
     again = Net().bfloat16()
     again.load_state_dict(net.state_dict())
     resumed = state_of(again, name, fused)
