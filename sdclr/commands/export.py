@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sdclr.config import source
 from sdclr.config.schema import ModelSection
 from sdclr.engine.folder import RunFolder, as_umask_says, storage_errors, sync_folder
-from sdclr.engine.plan import model_fingerprint, model_settings
+from sdclr.engine.plan import base_fingerprint
 from sdclr.errors import InputError
 from sdclr.report import console
 
@@ -60,8 +60,7 @@ def _refuse_another_base(checkpoint: Checkpoint | None, model: ModelSection) -> 
     """What a checkpoint does not hold comes from the base: it must be the one that it was trained from."""
     before = checkpoint.info() if checkpoint else {}
     known = before.get("fingerprint") or {}
-    now = {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
-    if checkpoint and any(key in known and known[key] != value for key, value in now.items()):
+    if checkpoint and any(known.get(key, value) != value for key, value in base_fingerprint(model).items()):
         named = before.get("config", {}).get("model", {}).get("base")
         raise InputError(
             f"{checkpoint.path}: was trained from {named} as it was then, and model.base is {model.base}",

@@ -193,8 +193,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     for pair in sorted((*split.train, *split.validation), key=lambda p: p.key):
         images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + _sampled(pair.path))
     return {
-        "model": model_fingerprint(config.model.base),
-        "model_settings": model_settings(config.model),
+        **base_fingerprint(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
         "images": images.hexdigest(),
@@ -203,6 +202,11 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
     }
+
+
+def base_fingerprint(model: ModelSection) -> dict[str, str]:
+    """What of a fingerprint is the base model's."""
+    return {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
 
 
 BESIDE_WEIGHTS = ("model_index.json", "*/*config.json", "*/tokenizer.json", "*/vocab.json", "*/merges.txt")
