@@ -58,8 +58,14 @@ def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
             patch.setattr(torch.nn.functional, norm, lambda *given, real=real: real(*map(in_fp32, given)))
         needs = memory.count(loaded, 16, 4, torch.device("cpu"), only=loaded.batch.size)
     on_the_card = {part: needs.parts[part] for part in ("weights", "optimizer")}
+    encoding = needs.encoding - needs.parts["weights"]  # during which the UNet is not there yet
     recorded = not loaded.optimizer.fused_backward
-    return dataclasses.replace(needs, parts=on_the_card, kept=0.0, recorded=recorded).at(loaded.batch.size) / 2**30
+    return (
+        dataclasses.replace(needs, parts=on_the_card, encoding=encoding, kept=0.0, recorded=recorded).at(
+            loaded.batch.size
+        )
+        / 2**30
+    )
 
 
 def in_fp32(given: Any) -> Any:
@@ -86,6 +92,8 @@ def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
         ("sd15", "sd15", ("batch.size=1", CHECKPOINTED, "optimizer={name: adamw8bit}"), r"; ([\d.]+) with gradient_checkpointing"),
         ("sd15", "sd15", ("batch.size=1", CHECKPOINTED, f"optimizer={SMALLEST}"), r"; ([\d.]+) with fused_backward"),
         ("sd15", "sd15", ("batch.size=1", CHECKPOINTED, f"optimizer={SMALLEST}", FULL), r"([\d.]+) with precision: full_bf16"),
+        ("sd15", "sd15", ("lora={rank: 16}",), r"a LoRA is trained instead \(([\d.]+) GiB\)"),
+        ("sdxl", "sdxl", (CHECKPOINTED, "lora={rank: 16}"), r"a LoRA is trained instead \(([\d.]+) GiB\)"),
         ("sdxl", "sdxl", (CHECKPOINTED,), r"counted: ([\d.]+) GiB"),
         ("sdxl", "sdxl", (CHECKPOINTED, FULL), r"([\d.]+) GiB with precision: full_bf16"),
         ("sdxl", "sdxl", (CHECKPOINTED, "optimizer={name: adamw8bit}"), r"; ([\d.]+) without fused_backward"),

@@ -40,7 +40,10 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
 
 
 def _check_pictures_and_model(loaded: source.LoadedConfig, inputs) -> None:
-    """Decode every picture and load every weight, as a run would; say what model it is."""
+    """Decode every picture and load every weight, as a run would; say what model it is, and how much of it is trained."""
     from sdclr.engine.run import Run
+    from sdclr.model import adapters
 
-    console.say(f"model: {Run(loaded.config, inputs).parts.described()}")
+    run = Run(loaded.config, inputs)
+    trained = sum(p.numel() for module in run.modules.values() for p in adapters.trained(module))
+    console.say(f"model: {run.parts.described()}; {trained:,} weights are trained")

@@ -28,10 +28,10 @@ def export(
     precision: str = "fp16",
     output: Path | None = None,
 ) -> None:
-    """Write the run's final model, or the base with a checkpoint's weights, and print the file's path. Raises InputError where there is
+    """Write the run's final model or LoRA, or those of a checkpoint, and print the file's path. Raises InputError where there is
     none, where it is damaged, and where `output` exists."""
     from sdclr.engine.checkpoint import kept_in
-    from sdclr.model import single_file
+    from sdclr.model import adapters, components, single_file
 
     if precision not in single_file.DTYPES:
         raise InputError(f"--precision must be fp16, bf16 or fp32; got {precision!r}")
@@ -45,9 +45,14 @@ def export(
     if target.suffix != ".safetensors":
         raise InputError(f"--output {target}: its name must end in .safetensors")
     _refuse_to_overwrite(target)
-    parts = _whole(config.model, kept)
-    about = single_file.about(parts, f"{config.run.name} {kept.resolve().name}", config.data.resolution)
-    _write(target, single_file.original_layout(parts, precision), about)
+    is_lora = (kept / adapters.FILE).is_file()
+    if is_lora:
+        parts, tensors = components.skeleton(config.model), single_file.lora_layout(*adapters.read(kept), precision)
+    else:
+        parts = _whole(config.model, kept)
+        tensors = single_file.original_layout(parts, precision)
+    title = f"{config.run.name} {kept.resolve().name}"
+    _write(target, tensors, single_file.about(parts, title, config.data.resolution, is_lora))
     console.result(str(target))
 
 
@@ -71,12 +76,12 @@ def _refuse_another_base(checkpoint: Checkpoint | None, model: ModelSection) -> 
 def _whole(model: ModelSection, kept: Path) -> Components:
     """A whole model as it is; a checkpoint laid over its base."""
     from sdclr.model import components
-    from sdclr.model.checks import INDEX, WEIGHTS
+    from sdclr.model.checks import INDEX
 
     if (kept / INDEX).is_file():
         return components.load(model.model_copy(update={"base": str(kept), "config": None}))
     parts = components.load(model)
-    components.load_trained(parts, kept, tuple(name for name in WEIGHTS if (kept / name).is_dir()))
+    components.load_trained(parts, kept)
     return parts
 
 

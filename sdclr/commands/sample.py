@@ -112,8 +112,7 @@ class _Painter:
         for name, weights in self.base.items():
             getattr(self.parts, name).load_state_dict(weights)
         if folder:
-            present = tuple(name for name in self.base if (folder / name).is_dir())
-            self.components.load_trained(self.parts, folder, present)
+            self.components.load_trained(self.parts, folder, besides=("vae",))
 
     def draw(self, prompt: str, seed: int) -> Image.Image:
         """One picture, exactly as a user's own call of the pipeline with this seed."""

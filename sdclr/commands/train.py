@@ -343,14 +343,20 @@ class Session:
         }
 
     def _export(self, weights: dict[str, dict[str, Any]], target: Path) -> None:
-        """The model with these weights as a diffusers folder, written whole; a text encoder in fp32 as all that the pipeline opens beside it."""
+        """The model with these weights as a diffusers folder, or a LoRA as one that its load_lora_weights takes, written whole; a text
+        encoder in fp32 as all that the pipeline opens beside it."""
+        from sdclr.model import adapters
+
         weights = {
             name: {key: t.float() for key, t in w.items()} if name != "unet" else w for name, w in weights.items()
         }
         partial = target.with_name(f".{target.name}.partial")
         with storage_errors(target):
             shutil.rmtree(partial, ignore_errors=True)
-            self.run.parts.with_weights(weights).save_pipeline(partial)
+            if self.config.lora.rank:
+                adapters.save(self.run.models, weights, partial)
+            else:
+                self.run.parts.with_weights(weights).save_pipeline(partial)
             as_umask_says(partial)
             sync_tree(partial)
             publish(partial, target)

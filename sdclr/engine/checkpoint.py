@@ -25,8 +25,9 @@ from sdclr.engine import sharding
 from sdclr.engine.folder import as_umask_says, discard, publish, storage_errors, sync_folder, sync_tree
 from sdclr.engine.loop import TrainState
 from sdclr.errors import CheckpointError, DivergenceError, InputError, StorageError
+from sdclr.model import adapters
 from sdclr.model.checks import WEIGHTS
-from sdclr.model.components import read_weights
+from sdclr.model.components import read_trained, read_weights
 from sdclr.report.metrics import SCHEMA
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
@@ -93,8 +94,7 @@ def save_model(
         _refuse_full_disk(folder, weights, optimizer)
         try:
             partial.mkdir()
-            for part, model in models.items():
-                save_weights(model, weights[part], partial / part, part)
+            save_weights(models, weights, partial)
             if optimizer:
                 save_file(optimizer[0], partial / OPTIMIZER)
             content["optimizer"] = optimizer[1] if optimizer else {}
@@ -107,19 +107,24 @@ def save_model(
     return Checkpoint(final, kind, step)
 
 
-def save_weights(model: Any, weights: dict[str, torch.Tensor], folder: Path, part: str) -> None:
-    """A model's config.json and weights as diffusers and transformers write them, in safetensors."""
-    folder.mkdir(parents=True)
-    model.save_config(folder) if hasattr(model, "save_config") else model.config.save_pretrained(folder)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, folder / f"{WEIGHTS[part]}.safetensors", metadata={"format": "pt"})
+def save_weights(models: dict[str, Any], weights: dict[str, dict[str, torch.Tensor]], folder: Path) -> None:
+    """Each model's config.json and weights as diffusers and transformers write them, or the LoRA of all, in safetensors."""
+    if any(map(adapters.is_attached, models.values())):
+        return adapters.save(models, weights, folder)
+    for part, model in models.items():
+        (folder / part).mkdir()
+        model.save_config(folder / part) if hasattr(model, "save_config") else model.config.save_pretrained(
+            folder / part
+        )
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights[part].items()}
+        save_file(tensors, folder / part / f"{WEIGHTS[part]}.safetensors", metadata={"format": "pt"})
 
 
 def restore(checkpoint: Checkpoint, state: TrainState, modules: dict[str, Any]) -> dict[str, Any]:
     """Put a full checkpoint into the state (verified before); returns its state.json."""
     info = checkpoint.info()
-    for part, module in modules.items():
-        sharding.load_weights(module, read_weights(checkpoint.path / part / f"{WEIGHTS[part]}.safetensors"))
+    for part, weights in read_trained(checkpoint.path, tuple(modules)).items():
+        sharding.load_weights(modules[part], weights)
     unpack_optimizer(state.optimizer, read_weights(checkpoint.path / OPTIMIZER), info["optimizer"])
     state.step, state.exposure = info["step"], info["exposure"]
     return info
@@ -160,10 +165,10 @@ def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)
 
 
 def kept_in(path: Path) -> Checkpoint | None:
-    """The checkpoint that a folder is, verified; None for another folder with a unet/ inside. Raises InputError for anything else, and
+    """The checkpoint that a folder is, verified; None for another folder with a unet/ or a LoRA inside. Raises InputError for anything else, and
     where it is damaged."""
-    if not (path / "unet").is_dir():
-        what = "is neither a checkpoint nor a diffusers folder (it has no unet/)"
+    if not (path / "unet").is_dir() and not (path / adapters.FILE).is_file():
+        what = f"is neither a checkpoint nor a diffusers folder (it has no unet/, and no {adapters.FILE})"
         hint = (
             those_in(path.parent)
             or those_in(path / "checkpoints")

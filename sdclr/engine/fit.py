@@ -93,7 +93,7 @@ def out_of_memory(problem: BaseException) -> SdclrError | None:
     return SdclrError(
         f"the GPU's memory is full: {str(problem).partition('. ')[0]}",
         hint="set model.gradient_checkpointing: true or model.compile: off (a run can be resumed with these), or start anew with a lower "
-        "batch.size and a higher batch.accumulate, with optimizer.name: adamw8bit or with model.precision: full_bf16; sdclr check says what a run needs",
+        "batch.size and a higher batch.accumulate, with optimizer.name: adamw8bit, model.precision: full_bf16 or lora.rank: 16; sdclr check says what a run needs",
     )
 
 
@@ -142,8 +142,10 @@ def _ways_to_need_less(config: RunConfig, in_shares: bool = False) -> list[str]:
     ways = ["model.gradient_checkpointing: true"] if not config.model.gradient_checkpointing else []
     if config.optimizer.name == "adamw" and not in_shares:
         ways.append("optimizer.name: adamw8bit")
-    if config.model.precision != "full_bf16" and not in_shares:
+    if config.model.precision != "full_bf16" and not in_shares and not config.lora.rank:
         ways.append("model.precision: full_bf16")
+    if not config.lora.rank and not in_shares:
+        ways.append("lora.rank: 16")
     return ways
 
 
@@ -154,7 +156,7 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 def _matters(config: RunConfig) -> tuple[object, ...]:
     """What a batch's memory depends on."""
     optimizer = config.optimizer
-    return config.model, config.data, optimizer.name, optimizer.fused_backward, config.validation.fraction
+    return config.model, config.lora, config.data, optimizer.name, optimizer.fused_backward, config.validation.fraction
 
 
 def _snapshot(path: Path) -> RunConfig | None:

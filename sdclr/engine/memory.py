@@ -26,7 +26,7 @@ from sdclr.data.dataset import views
 from sdclr.engine import graph, rounding
 from sdclr.engine.encoding import pictures_together
 from sdclr.engine.run import validation_batch
-from sdclr.model import components
+from sdclr.model import adapters, components
 from sdclr.model.objective import denoise, squared_error
 
 GIB = 2**30
@@ -52,9 +52,11 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Bytes that a run needs where it computes; `resident` is there throughout training (weights, optimizer, data, copies)."""
+    """Bytes that a run needs where it computes; `resident` is there throughout training (weights, of which some are trained, optimizer,
+    data, copies)."""
 
     parts: dict[str, int]
+    trained: int
     training: Moments
     validation: Moments | None
     draws: int
@@ -80,7 +82,7 @@ class Needs:
 
     def side_by_side(self) -> Needs:
         """What each of several processes needs, which exchange their gradients through a copy of them."""
-        return dataclasses.replace(self, parts=self.parts | {"exchange": self.parts["weights"]})
+        return dataclasses.replace(self, parts=self.parts | {"exchange": self.trained})
 
     def working(self, batch: int) -> int:
         """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
@@ -115,12 +117,13 @@ def count(
         validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
         encoding = work.encoding()
     parts, weights = work.parts, sum(map(_bytes, work.trained))
+    trained = sum(p.nbytes for module in work.trained for p in adapters.trained(module))
     frozen = {name: _bytes(module) for name, module in parts.networks.items() if name not in config.model.train}
     lasting = {"weights": weights, "optimizer": _optimizer_bytes(config, work.trained)}
     if device.type == "cuda":
         encoding += sum(_bytes(module) for name, module in parts.networks.items() if name != "unet")
     else:  # the frozen parts, the copy of the best or untouched weights, and the data lie in the same memory
-        copy = weights * ((config.checkpoint.best and held_out > 0) or keeps_base)
+        copy = trained * ((config.checkpoint.best and held_out > 0) or keeps_base)
         lasting |= {
             "encoders": sum(frozen.values()),
             "copy": copy,
@@ -129,7 +132,7 @@ def count(
         }
         encoding += weights + sum(frozen.values())
     kept, recorded = (KEPT if device.type == "cpu" else 0.0), graph.wanted(config, device, precision)
-    return Needs(lasting, training, validation, draws, encoding, kept, recorded)
+    return Needs(lasting, trained, training, validation, draws, encoding, kept, recorded)
 
 
 def available(device: torch.device) -> int:
@@ -219,6 +222,7 @@ class _Work:
         for name in components.narrowed(config.model):
             components.narrow(getattr(self.parts, name))
         components.prepare_for_training(self.parts, counted, torch.device(where))
+        components.attach_lora(self.parts, config, precision)
         self.trained = list(self.parts.trainable(config.model.train).values())
         vae, unet = self.parts.vae.config, self.parts.unet.config
         side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)
@@ -269,7 +273,7 @@ class _Work:
         return ledger.moments
 
     def _backward(self, loss: torch.Tensor) -> None:
-        wanted = [p for module in self.trained for p in module.parameters()]
+        wanted = [p for module in self.trained for p in adapters.trained(module)]
         if not self.config.optimizer.fused_backward:
             kept = torch.autograd.grad(loss, wanted, allow_unused=True)
             self._update(wanted)
@@ -331,7 +335,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 def _optimizer_bytes(config: RunConfig, modules: list[torch.nn.Module]) -> int:
     """AdamW: two numbers a weight, in 8 bits a byte each (and one scale for 256 of them); Adafactor: one a row and one a column, and the update it works on; SGD: its momentum."""
-    shapes = [p.shape for module in modules for p in module.parameters()]
+    shapes = [p.shape for module in modules for p in adapters.trained(module)]
     if config.optimizer.name == "adamw":
         return sum(8 * shape.numel() for shape in shapes)
     if config.optimizer.name == "adamw8bit":  # bitsandbytes leaves tensors of less than 4096 numbers as they are

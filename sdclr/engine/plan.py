@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sdclr.config.kinds import MAX_STEPS, Span
-from sdclr.config.schema import CYCLIC, ModelSection, RunConfig
+from sdclr.config.rates import CYCLIC
+from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches
@@ -196,6 +197,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         **base_fingerprint(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
+        "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
         "images": images.hexdigest(),
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
@@ -344,6 +346,8 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
+    if config.lora.rank:
+        rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha or config.lora.rank:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:
         return rows
     s = plan.schedule

@@ -15,7 +15,7 @@ from sdclr.report import console, metrics
 FREE_TO_CHANGE = ("run.tensorboard", "run.output_dir", "run.name", "sample.", "checkpoint.", "range_test.", "validation.every", "train.early_stop", "train.kappa",
                   "model.attention", "model.gradient_checkpointing", "model.compile", "optimizer.fused_backward", "schedule.allow_peak_end")  # fmt: skip
 """Keys that a resumed run may change: they touch neither the weights nor the meaning of the curves."""
-NEVER = ("run.seed", "model.", "data.", "validation.fraction", "optimizer.name", "batch.")
+NEVER = ("run.seed", "model.", "lora.", "data.", "validation.fraction", "optimizer.name", "batch.")
 """Keys that no resumed run can change, not even when asked: it would be another run."""
 
 

@@ -30,7 +30,7 @@ from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import InputError, first_line
-from sdclr.model import components
+from sdclr.model import adapters, components
 from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
 from sdclr.report import console
 from sdclr.seeding import generator
@@ -77,13 +77,14 @@ class Run:
         self._encoder = Encoder(config, self.parts, self.device)
         self._encode()
         components.prepare_for_training(self.parts, config.model, self.device)
+        components.attach_lora(self.parts, config, self.accelerator.mixed_precision)
         self.modules = self.models = self.parts.trainable(config.model.train)
         if sharding.asked():
             self.models = {name: components.without_weights(module) for name, module in self.modules.items()}
             for module in self.modules.values():
                 sharding.shard(module, self.device, self.accelerator.mixed_precision)
         self._base = {
-            name: {k: v.detach().clone() for k, v in m.state_dict().items()}
+            name: {k: v.detach().clone() for k, v in adapters.weights_of(m).items()}
             for name, m in self.modules.items()
             if keep_base
         }
@@ -150,7 +151,7 @@ class Run:
         plain = gradients_of(self.loss, self.accelerator, careful=self.config.optimizer.fused_backward)
         if not graph.wanted(self.config, self.device, self.accelerator.mixed_precision):
             return plain
-        return Graph(plain, [p for module in self.modules.values() for p in module.parameters()])
+        return Graph(plain, [p for module in self.modules.values() for p in adapters.trained(module)])
 
     def _prepared(self) -> dict[str, torch.nn.Module]:
         prepared = self.accelerator.prepare(*self.modules.values())
@@ -199,7 +200,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(self._first_scale)
         self._untouched = False
         for name, weights in self._base.items():
-            self.modules[name].load_state_dict(weights)
+            adapters.put(self.modules[name], weights)
         while self._in_backward:
             self._in_backward.pop().end()
         optimizer = self._new_optimizer()
@@ -302,9 +303,10 @@ class Run:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         c = self.config.optimizer
-        groups = [{"params": list(self.modules["unet"].parameters()), "lr_scale": 1.0}]
-        if "text_encoder" in self.modules:
-            groups.append({"params": list(self.modules["text_encoder"].parameters()), "lr_scale": c.text_encoder_scale})
+        scales = {"unet": 1.0, "text_encoder": c.text_encoder_scale}
+        groups = [
+            {"params": adapters.trained(module), "lr_scale": scales[name]} for name, module in self.modules.items()
+        ]
         new = functools.partial(optimizers.new, c)
         full = self.config.model.precision == "full_bf16"
         optimizer = rounding.Rounded(new, groups, self.config.run.seed) if full else new(groups)
@@ -325,7 +327,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     device = PartialState().device
     precision = components.mixed_precision(config.model.precision, device)
     if sharding.asked():
-        sharding.refuse_other_ways(config.optimizer.name, config.model.precision, precision)
+        sharding.refuse_other_ways(config.optimizer.name, config.model.precision, precision, bool(config.lora.rank))
         sharding.let_every_process_load()
     # Each weight is cast once in a forward: a copy that waits for the next use would only lie there, next to all the others.
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)])

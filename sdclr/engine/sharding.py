@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sdclr.engine import processes
 from sdclr.errors import InputError
+from sdclr.model import adapters
 
 REFUSED = {
     "FSDP_OFFLOAD_PARAMS": "weights stay where they are trained; set fsdp_offload_params: false",
@@ -34,13 +35,15 @@ def asked() -> bool:
     return _set("ACCELERATE_USE_FSDP") and processes.count() > 1
 
 
-def refuse_other_ways(optimizer: str, asked: str, precision: str) -> None:
+def refuse_other_ways(optimizer: str, asked: str, precision: str, lora: bool) -> None:
     """Raise InputError for what cannot be trained in shares, and for what accelerate's config may ask of FSDP and is not done here."""
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("accelerate is set up for FSDP 1, and sdclr shards with FSDP 2", hint="set fsdp_version: 2")
     for name, instead in REFUSED.items():
         if _set(name):
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
+    if lora:  # frozen weights in bf16 and trained ones in fp32 do not go into one block
+        raise InputError("a LoRA cannot be trained in shares (FSDP)", hint="start it without --use_fsdp")
     if optimizer in ("adafactor", "adamw8bit"):  # norms over rows, and scales of blocks, that lie in several processes
         raise InputError(f"{optimizer} cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
     if asked == "full_bf16":  # what is rounded up would depend on how many share it out
@@ -88,16 +91,16 @@ def share_of(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def weights_of(module: torch.nn.Module, wanted: bool) -> dict[str, torch.Tensor]:
-    """A module's weights, whole, for the process that wants them. Those in shares are gathered on the CPU, and all must ask."""
+    """What is trained of a module, whole, for the process that wants it. Weights in shares are gathered on the CPU, and all must ask."""
     if is_sharded(module):
         return copy_of(module, wanted)
-    return module.state_dict() if wanted else {}
+    return adapters.weights_of(module) if wanted else {}
 
 
 def copy_of(module: torch.nn.Module, wanted: bool) -> dict[str, torch.Tensor]:
     """As `weights_of`, copied to the CPU: what training does next does not change it. One by one, so that no card holds all of them."""
     found = {}
-    for name, tensor in module.state_dict().items():
+    for name, tensor in adapters.weights_of(module).items():
         tensor = whole(tensor.detach())
         if wanted:
             found[name] = tensor.to("cpu", copy=True)
@@ -106,8 +109,8 @@ def copy_of(module: torch.nn.Module, wanted: bool) -> dict[str, torch.Tensor]:
 
 def load_weights(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     """Put whole weights into a module; all processes of one in shares must."""
-    own = module.state_dict()
-    module.load_state_dict({key: share_of(value, own[key]) if key in own else value for key, value in weights.items()})
+    own = adapters.weights_of(module)
+    adapters.put(module, {key: share_of(value, own[key]) if key in own else value for key, value in weights.items()})
 
 
 def _set(name: str, otherwise: str = "") -> bool:

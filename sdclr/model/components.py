@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdclr.config.schema import ModelSection
+from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.errors import InputError, SdclrError, first_line
-from sdclr.model import checks
+from sdclr.model import adapters, checks
 from sdclr.model.checks import MODEL_HINT, WEIGHTS
 
 
@@ -82,7 +82,7 @@ class Components:
 
     def described(self) -> str:
         """What kind of model it is, in a few words."""
-        weights = sum(p.numel() for p in self.unet.parameters())
+        weights = sum(p.numel() for p in self.unet.parameters()) - adapters.attached(self.unet)
         target = self.noise_scheduler.config.prediction_type
         predicted = {"epsilon": "the noise", "v_prediction": "the velocity"}.get(target, target)
         return f"{self.kind}, with a UNet of {weights:,} weights that predicts {predicted}"
@@ -212,10 +212,19 @@ def narrowed(config: ModelSection) -> tuple[str, ...]:
     return config.train if config.precision == "full_bf16" else ()
 
 
-def narrow(module: torch.nn.Module) -> None:
-    """Make of a module's weights bf16 ones, one by one."""
+def narrow(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Make of a module's weights narrower ones, one by one."""
     for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+        parameter.data = parameter.data.to(dtype)
+
+
+def attach_lora(parts: Components, config: RunConfig, precision: str) -> None:
+    """Train small matrices beside the weights of what is named in `model.train`, if the config says so; the weights are kept in the forward
+    pass's precision."""
+    if config.lora.rank:
+        for module in parts.trainable(config.model.train).values():
+            narrow(module, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
+            adapters.attach(module, config.lora, config.run.seed)
 
 
 def prepare_for_training(parts: Components, config: ModelSection, device: torch.device) -> None:
@@ -261,21 +270,33 @@ def mixed_precision(precision: str, device: torch.device) -> str:
     return {"fp32": "no", "full_bf16": "bf16"}.get(precision, precision)
 
 
-def load_trained(parts: Components, folder: Path, names: tuple[str, ...]) -> None:
-    """Put the weights of a checkpoint's or run's folder into the named parts. Raises InputError where a tensor is missing or does not fit."""
+def load_trained(parts: Components, folder: Path, besides: tuple[str, ...] = ()) -> None:
+    """Put the weights of a checkpoint's or run's folder into parts that are as they were loaded, but for some; a LoRA is added to theirs.
+
+    Raises InputError where a tensor is missing or does not fit.
+    """
+    lora = adapters.read(folder)[1] if (folder / adapters.FILE).is_file() else {}
+    names = tuple(lora) or tuple(name for name in WEIGHTS if name not in besides and (folder / name).is_dir())
     for name, weights in read_trained(folder, names).items():
+        module = getattr(parts, name)
         try:
-            getattr(parts, name).load_state_dict(weights)
-        except RuntimeError as error:
-            problems = [line.strip() for line in str(error).splitlines()[1:]]
+            adapters.merge(module, weights, lora[name]) if lora else module.load_state_dict(weights)
+        except (RuntimeError, ValueError) as error:
+            problems = [line.strip() for line in str(error).splitlines()]
             raise InputError(
-                f"{folder / name}: does not fit the {name} of model.base: {problems[0][:300]}",
+                f"{folder if lora else folder / name}: does not fit the {name} of model.base: {problems[1 if problems[1:] else 0][:300]}",
                 hint="its run was trained from another model: name that one as model.base",
             ) from error
 
 
 def read_trained(folder: Path, names: tuple[str, ...]) -> dict[str, dict[str, torch.Tensor]]:
-    """The weights of the named parts of a checkpoint's or run's folder."""
+    """What was trained of the named parts, from a checkpoint's or run's folder. Raises InputError where that is missing or damaged."""
+    if (folder / adapters.FILE).is_file():
+        found = adapters.read(folder)[0]
+        absent = [name for name in names if name not in found]
+        if absent:
+            raise InputError(f"{folder / adapters.FILE}: has nothing for the {absent[0]}")
+        return {name: found[name] for name in names}
     return {name: _read_part(folder / name / f"{WEIGHTS[name]}.safetensors") for name in names}
 
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
+from sdclr.config.schema import LoraSection
 from sdclr.errors import InputError
+from sdclr.model import adapters
 from sdclr.model.components import Components
 
 State = dict[str, torch.Tensor]
@@ -37,6 +39,8 @@ OPEN_CLIP = {
     "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
 """diffusers' and transformers' names, and those of the single file."""
+LORA_PARTS = {"unet": "lora_unet", "text_encoder": "lora_te"}
+LORA_MATRICES = {"A.weight": "down.weight", "B.weight": "up.weight"}
 LAYERS_OF_SD2 = 24
 """Of 2.x's text encoder the last layer is never computed, and diffusers' folders do not have it; the published files do."""
 ARCHITECTURES = {
@@ -63,11 +67,29 @@ def original_layout(parts: Components, precision: str) -> State:
     return {name: _as(precision, name, tensor) for name, tensor in found.items()} | _marks(parts)
 
 
-def about(parts: Components, title: str, resolution: int) -> dict[str, str]:
+def lora_layout(weights: dict[str, State], settings: dict[str, LoraSection], precision: str) -> State:
+    """A LoRA, by part, under the names that kohya's trainer gave such files, which A1111, Forge, ComfyUI and diffusers read.
+
+    Raises InputError where a weight is too large for the precision.
+    """
+    found: State = {}
+    for part, own in weights.items():
+        for key, tensor in own.items():
+            layer, _, matrix = adapters.name_in_files(part, key).rpartition(".lora_")
+            name = f"{LORA_PARTS[part]}_{layer.replace('.', '_')}"
+            found[f"{name}.lora_{LORA_MATRICES[matrix]}"] = _as(precision, key, tensor)
+            found[f"{name}.alpha"] = torch.tensor(adapters.alpha_of(settings[part]), dtype=DTYPES[precision])
+    return found
+
+
+def about(parts: Components, title: str, resolution: int, lora: bool = False) -> dict[str, str]:
     """What a reader may want to know of it, as the file's metadata (Stability's ModelSpec 1.0)."""
-    prediction = {"epsilon": "epsilon", "v_prediction": "v"}[parts.noise_scheduler.config.prediction_type]
-    spec = {"sai_model_spec": "1.0.0", "architecture": ARCHITECTURES[parts.kind], "implementation": "sgm" if parts.is_xl else "ldm", "title": title,
-            "prediction_type": prediction, "resolution": f"{resolution}x{resolution}"}  # fmt: skip
+    spec = {"sai_model_spec": "1.0.0", "architecture": ARCHITECTURES[parts.kind] + "/lora" * lora, "implementation": "sgm" if parts.is_xl else "ldm",
+            "title": title, "resolution": f"{resolution}x{resolution}"}  # fmt: skip
+    if not lora:
+        spec["prediction_type"] = {"epsilon": "epsilon", "v_prediction": "v"}[
+            parts.noise_scheduler.config.prediction_type
+        ]
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in spec.items()}}
 
 

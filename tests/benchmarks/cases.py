@@ -55,6 +55,8 @@ CASES = [
     Case("betas", overrides=("optimizer.betas=[0.8, 0.95]",), narrow=True),
     Case("adafactor", overrides=("optimizer.name=adafactor",), narrow=True),
     Case("sgd", overrides=("optimizer.name=sgd",), narrow=True),
+    Case("lora", overrides=("lora.rank=8",), narrow=True),
+    Case("lora-alpha", overrides=("lora.rank=16", "lora.alpha=1", "lora.layers=attention"), narrow=True),
 ]
 
 

@@ -20,6 +20,7 @@ from truth import excess_at
 
 from sdclr.engine.run import Run
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
+from sdclr.model import adapters
 
 FASTAI, LIGHTNING, RAMP_STEPS = (1e-7, 10.0), (1e-8, 1.0), 100
 SMOOTHING, STOP = 0.98, 4.0
@@ -86,7 +87,7 @@ def prodigy(place: Place, seed: int, truth: dict[str, Any], cap: int) -> dict[st
         judge, made = Judge(place, seed), []
 
         def own() -> Prodigy:
-            weights = [p for module in judge.run.modules.values() for p in module.parameters()]
+            weights = [p for module in judge.run.modules.values() for p in adapters.trained(module)]
             with contextlib.redirect_stdout(sys.stderr):  # it says so when it decouples weight decay
                 made.append(
                     Prodigy(weights, lr=1.0, weight_decay=0.01, safeguard_warmup=True, use_bias_correction=True)

@@ -225,6 +225,12 @@ def test_tensorboard_that_is_not_installed_is_an_input_error(config, monkeypatch
         ["optimizer.name=adafactor", "batch.accumulate=2"],
         ["optimizer.name=sgd", "loss.min_snr_gamma=5"],
         ["optimizer.name=adamw8bit", "optimizer.fused_backward=true", "optimizer.max_grad_norm=null"],
+        [
+            "lora.rank=2",
+            "model.train=[unet, text_encoder]",
+            "optimizer.fused_backward=true",
+            "optimizer.max_grad_norm=null",
+        ],
     ],
     ids=[
         "adamw",
@@ -232,6 +238,7 @@ def test_tensorboard_that_is_not_installed_is_an_input_error(config, monkeypatch
         "adafactor accumulating",
         "sgd with min-SNR",
         "8 bits, updated in the backward",
+        "LoRA with text encoder, updated in the backward",
     ],
 )
 def test_seven_steps_are_three_and_a_resumed_four_bit_for_bit(config, monkeypatch, overrides):

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from sdclr.config.kinds import Section, Span, parse_span, show_span
-from sdclr.config.schema import CYCLIC, RunConfig, ScheduleSection
+from sdclr.config.rates import CYCLIC, ScheduleSection
+from sdclr.config.schema import RunConfig
 
 REQUIRED = {"run": {"name": "a"}, "model": {"base": "m"}, "data": {"images": "i"}}
 
@@ -74,7 +75,7 @@ def sections() -> list[type[BaseModel]]:
 
 
 def test_every_section_is_frozen_and_forbids_unknown_keys() -> None:
-    assert len(sections()) == len(RunConfig.model_fields) == 12
+    assert len(sections()) == len(RunConfig.model_fields) == 13
     for section in sections():
         assert issubclass(section, Section)
         assert section.model_config["frozen"]

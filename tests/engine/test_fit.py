@@ -116,7 +116,7 @@ def test_a_batch_that_only_fits_with_checkpointing_is_found(config, monkeypatch)
     def needs(config, *_, **__):
         each = 10 if config.model.gradient_checkpointing is True else 100
         moments = memory.Moments(np.array([0]), np.array([each]))
-        return memory.Needs({}, moments, None, 0, 0), 50, "there"
+        return memory.Needs({}, 0, moments, None, 0, 0), 50, "there"
 
     monkeypatch.setattr(fit, "_needs", needs)
     path = config(AUTO)

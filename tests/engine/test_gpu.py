@@ -65,6 +65,7 @@ SETTINGS = [
     ("loss.min_snr_gamma=5", "loss.noise_offset=0.1"),
     ("optimizer.name=adafactor",),
     ("model.precision=full_bf16",),
+    ("lora.rank=4",),
     ("model.train=[unet, text_encoder]", "model.gradient_checkpointing=true", "model.precision=fp32"),
 ]
 

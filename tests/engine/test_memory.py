@@ -9,6 +9,9 @@ import torch
 
 from sdclr.config import source
 from sdclr.engine import memory
+from sdclr.engine.plan import read_inputs
+from sdclr.engine.run import Run
+from sdclr.model import adapters
 
 CPU = torch.device("cpu")
 
@@ -32,6 +35,21 @@ def test_weights_optimizer_and_encoders_are_counted_to_the_byte(config, run):
     assert needs.parts["data"] == 4 * sum(
         e.mean.numel() + e.std.numel() + e.captions["encoder_hidden_states"].numel() for e in held
     )
+
+
+def test_of_a_lora_what_is_trained_is_small_and_the_rest_in_the_forwards_precision(config):
+    path = config("lora: {rank: 2}")
+    loaded = source.load(path)
+    unet = Run(loaded.config, read_inputs(loaded)).modules["unet"]
+    small = 4 * sum(p.numel() for p in adapters.trained(unet))
+    whole = 4 * sum(p.numel() for p in unet.parameters()) - small
+    needs = needs_of(path)
+    assert needs.parts["weights"] == small + whole
+    assert (needs.trained, needs.parts["copy"], needs.parts["optimizer"]) == (small, small, 2 * small)
+    assert needs.side_by_side().parts["exchange"] == small
+    assert needs_of(path, "model.precision=bf16").parts["weights"] == small + whole // 2
+    left = [n.training.fixed[-1] + n.training.each[-1] for n in (needs, needs_of(config(name="other.yaml")))]
+    assert left[0] < small + whole / 10 < whole <= left[1]  # the gradients that a step ends with
 
 
 def test_a_step_ends_with_all_gradients_and_grows_with_the_batch_by_what_the_forward_saves(config, run):

@@ -259,6 +259,23 @@ def test_bf16_weights_are_trained_together_and_refused_in_shares(write, tmp_path
     assert norms["side by side"] == pytest.approx(norms["alone"], rel=0.02)
 
 
+def test_a_lora_is_trained_together_and_refused_in_shares(write, tmp_path):
+    final = {}
+    for way in COUNTS:
+        (folder := tmp_path / way).mkdir()
+        ended = launch_as(way, command("train", write(folder, "lora: {rank: 2}\ntrain: {steps: 6}")), folder / "said")
+        if way == "in shares":
+            assert ended.codes == (2, 2), ended.err
+            assert said_once(ended, "a LoRA cannot be trained in shares (FSDP)")
+            continue
+        assert ended.codes == (0,) * COUNTS[way], ended.err
+        final[way] = load_file(folder / "runs" / "tiny" / "final" / "pytorch_lora_weights.safetensors")
+    one, two = final["alone"], final["side by side"]
+    assert {key.partition(".")[0] for key in one} == {"unet", "text_encoder"}
+    assert all(float((tensor - two[key]).norm()) <= 1e-5 * float(tensor.norm()) for key, tensor in one.items())
+    assert min(float(tensor.norm()) for tensor in one.values()) > 0
+
+
 def test_momentum_goes_on_in_shares(write, tmp_path):
     """SGD's one number a weight comes back as it was, from shares to shares."""
     settings = (

@@ -329,11 +329,11 @@ def test_trained_weights_laid_over_the_parts_must_fit(model, copy):
     parts = components.load(section(model))
     tensors = {name: tensor + 1 for name, tensor in load_file(copy / UNET).items()}
     save_file(tensors, copy / UNET, metadata={"format": "pt"})
-    components.load_trained(parts, copy, ("unet",))
+    components.load_trained(parts, copy)
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in parts.unet.state_dict().items())
     save_file({k: v for k, v in tensors.items() if "conv_in" not in k}, copy / UNET, metadata={"format": "pt"})
     with pytest.raises(InputError, match="conv_in"):
-        components.load_trained(parts, copy, ("unet",))
+        components.load_trained(parts, copy)
 
 
 def test_a_saved_pipeline_loads_again_with_the_same_weights_and_holds_safetensors_alone(model, tmp_path):
