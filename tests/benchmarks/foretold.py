@@ -25,6 +25,7 @@ SMALLER_STILL = (*SMALLER, "optimizer.name=adamw8bit")
 SMALLEST = (*SMALLER_STILL, "optimizer.fused_backward=true", "optimizer.max_grad_norm=null")
 LEAST = (*SMALLEST, "model.precision=full_bf16")
 """Settings that take less memory, each with the one before."""
+LORA = "lora.rank=16"
 IN_BF16 = "model.precision=bf16"
 FEW = 5
 """Pictures at true size on the CPU, where encoding one takes a minute: one of them is held out."""
@@ -50,23 +51,43 @@ def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list
     """What is measured; on a GPU at true size, and on the CPU in bf16 where that is asked for."""
     if full_size:
         sd15 = Case(folder_of("sd15", work), 512, 8, 1, pictures=FEW, given_back=True)
-        settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST)
+        settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST, (*SMALLER, IN_BF16, LORA))
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         return small if quick else [*small, Case(folder_of("sdxl", work), 1024, 8, 1, LEAST, FEW, given_back=True)]
     if device == "cuda":
         sd15 = Case(folder_of("sd15", work), 512, 8, 1)
-        settings = ((), SMALLER, SMALLER_STILL, SMALLEST, LEAST, (*SMALLER, "optimizer.name=adafactor"))
+        settings = (
+            (),
+            SMALLER,
+            SMALLER_STILL,
+            SMALLEST,
+            LEAST,
+            (*SMALLER, LORA),
+            (*SMALLER, "optimizer.name=adafactor"),
+        )
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         if quick:
             return small
-        xl = [Case(folder_of("sdxl", work), 1024, 8, 2, overrides) for overrides in (SMALLEST, LEAST)]
-        return [*small, replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), *xl]  # fmt: skip
+        xl = [Case(folder_of("sdxl", work), 1024, 8, 2, overrides) for overrides in (SMALLEST, LEAST, (*SMALLER, LORA))]
+        return [*small, replace(sd15, batch=4, overrides=(LORA,)), replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), *xl]  # fmt: skip
     demo, middle = Case(ROOT / "data/tiny-sd", 64, 4, 16), Case(folder_of("middle", work), 128, 8, 4)
     xl = Case(folder_of("middle-xl", work), 128, 8, 4)
     if quick:
         return [demo, middle]
     sizes = ((128, 1), (192, 6), (256, 2), (256, 8))
-    return [replace(demo, batch=4), demo, middle, *(replace(middle, resolution=r, batch=b) for r, b in sizes), xl]
+    loras = [
+        replace(middle, overrides=(LORA,)),
+        replace(middle, overrides=(LORA, *SMALLER)),
+        replace(xl, overrides=(LORA,)),
+    ]
+    return [
+        replace(demo, batch=4),
+        demo,
+        middle,
+        *(replace(middle, resolution=r, batch=b) for r, b in sizes),
+        xl,
+        *loras,
+    ]
 
 
 def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
