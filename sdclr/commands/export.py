@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from sdclr.config import source
 from sdclr.config.schema import ModelSection
 from sdclr.engine.folder import RunFolder, as_umask_says, storage_errors, sync_folder
-from sdclr.engine.plan import base_fingerprint
+from sdclr.engine.plan import another_base
 from sdclr.errors import InputError
 from sdclr.report import console
 
@@ -63,10 +63,8 @@ def _refuse_to_overwrite(target: Path) -> None:
 
 def _refuse_another_base(checkpoint: Checkpoint | None, model: ModelSection) -> None:
     """What a checkpoint does not hold comes from the base: it must be the one that it was trained from."""
-    before = checkpoint.info() if checkpoint else {}
-    known = before.get("fingerprint") or {}
-    if checkpoint and any(known.get(key, value) != value for key, value in base_fingerprint(model).items()):
-        named = before.get("config", {}).get("model", {}).get("base")
+    named = another_base(checkpoint.info(), model) if checkpoint else None
+    if checkpoint and named:
         raise InputError(
             f"{checkpoint.path}: was trained from {named} as it was then, and model.base is {model.base}",
             hint="export it with the config of its own run, and put back what that was trained from",

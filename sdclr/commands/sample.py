@@ -12,10 +12,10 @@ from typing import Any
 from PIL import Image
 
 from sdclr.config import source
-from sdclr.config.schema import RunConfig
+from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import model_fingerprint, model_settings
+from sdclr.engine.plan import another_base, model_fingerprint, model_settings
 from sdclr.errors import InputError
 from sdclr.report import console, figures, page
 
@@ -55,6 +55,7 @@ def sample(
         raise InputError(
             f"{config.folder}: holds no checkpoint to draw", hint=f"train first: sdclr train {loaded.typed}"
         )
+    _say_who_has_another_base(columns, config.model)
     target = output or RunFolder(config.folder).samples
     pictures = draw_missing(config, columns, target / "cells")
     scores = _scored(loaded, columns, pictures, score) if score else None
@@ -164,6 +165,16 @@ def _column(path: Path, run_name: str | None) -> Column:
     keys: tuple[str, ...] = ("step", "exposure", "kappa", "validation_loss", "averaged")
     about = {key: info[key] for key in keys if key in info}
     return Column("\n".join(w for w in words if w), path, identity, about)
+
+
+def _say_who_has_another_base(columns: Sequence[Column], model: ModelSection) -> None:
+    """What a checkpoint does not hold is drawn with this config's base, whichever it was trained from."""
+    from sdclr.engine.checkpoint import STATE, Checkpoint
+
+    for path in (column.weights for column in columns if column.weights and (column.weights / STATE).is_file()):
+        named = another_base(Checkpoint(path, "", 0).info(), model)
+        if named:
+            console.warn(f"{path}: was trained from {named} as it was then, and is drawn over model.base {model.base}")
 
 
 def _name_of_state(kind: str, info: dict[str, Any]) -> str:

@@ -211,6 +211,14 @@ def base_fingerprint(model: ModelSection) -> dict[str, str]:
     return {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
 
 
+def another_base(stored: dict[str, Any], model: ModelSection) -> str | None:
+    """The base that a kept state was trained from, as its state.json names it, if it is not the one that `model` names, as that is now."""
+    known = stored.get("fingerprint") or {}
+    if all(known.get(key, value) == value for key, value in base_fingerprint(model).items()):
+        return None
+    return str(stored.get("config", {}).get("model", {}).get("base"))
+
+
 BESIDE_WEIGHTS = ("model_index.json", "*/*config.json", "*/tokenizer.json", "*/vocab.json", "*/merges.txt")
 """The files of a diffusers folder that hold no weights, and that what it computes depends on."""
 

@@ -175,7 +175,9 @@ def test_another_precision_or_noise_schedule_draws_every_column_again(path, call
         assert len(calls) == 3 * 4
 
 
-def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_own(path, calls, model, tmp_path):
+def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_own(
+    path, calls, model, tmp_path, capsys
+):
     from safetensors.torch import load_file, save_file
 
     sample(path)
@@ -183,8 +185,12 @@ def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_
     other = shutil.copytree(model, tmp_path / "other")
     file = other / "vae" / "diffusion_pytorch_model.safetensors"
     save_file({k: v * 1.5 for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    capsys.readouterr()
     sample(path, [f"model.base={other}"])
     assert len(calls) == 3 * 4
+    said = "".join(capsys.readouterr().err.split())
+    words = f"was trained from {model} as it was then, and is drawn over model.base {other}"
+    assert said.count(words.replace(" ", "")) == 3
 
 
 def test_checkpoints_named_by_hand_are_the_columns_beside_the_base(path, tmp_path):
