@@ -26,7 +26,18 @@ def counted_once() -> Iterator[None]:
     count = fit._needs
 
     def needs(config: Any, *more: Any, **named: Any) -> Any:
-        key = repr((config.model, config.data, config.optimizer, config.validation, config.checkpoint, more, named))
+        key = repr(
+            (
+                config.model,
+                config.lora,
+                config.data,
+                config.optimizer,
+                config.validation,
+                config.checkpoint,
+                more,
+                named,
+            )
+        )
         if key not in known:
             known[key] = count(config, *more, **named)
         from sdclr.engine import memory

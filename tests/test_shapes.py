@@ -53,12 +53,14 @@ def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
     loaded = source.load(config, (*base, *overrides)).config
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "EIGHT_BITS_ON_CPU", 0)
+        encode, pictures = memory._Work.encoding, []
+        patch.setattr(memory._Work, "encoding", lambda work: pictures.append(encode(work)) or pictures[0])
         for norm in ("group_norm", "layer_norm"):  # on a GPU autocast has these in fp32
             real = getattr(torch.nn.functional, norm)
             patch.setattr(torch.nn.functional, norm, lambda *given, real=real: real(*map(in_fp32, given)))
         needs = memory.count(loaded, 16, 4, torch.device("cpu"), only=loaded.batch.size)
     on_the_card = {part: needs.parts[part] for part in ("weights", "optimizer")}
-    encoding = needs.encoding - needs.parts["weights"]  # during which the UNet is not there yet
+    encoding = pictures[0] + needs.parts["encoders"]  # during which the UNet is not there yet
     recorded = not loaded.optimizer.fused_backward
     return (
         dataclasses.replace(needs, parts=on_the_card, encoding=encoding, kept=0.0, recorded=recorded).at(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sdclr.config import source
 from sdclr.config.schema import ModelSection
@@ -28,8 +29,10 @@ def export(
     precision: str = "fp16",
     output: Path | None = None,
 ) -> None:
-    """Write the run's final model or LoRA, or those of a checkpoint, and print the file's path. Raises InputError where there is
+    """Write the run's final model or LoRA, or that of a checkpoint, and print the file's path. Raises InputError where there is
     none, where it is damaged, and where `output` exists."""
+    import torch
+
     from sdclr.engine.checkpoint import kept_in
     from sdclr.model import adapters, components, single_file
 
@@ -45,14 +48,17 @@ def export(
     if target.suffix != ".safetensors":
         raise InputError(f"--output {target}: its name must end in .safetensors")
     _refuse_to_overwrite(target)
-    is_lora = (kept / adapters.FILE).is_file()
-    if is_lora:
-        parts, tensors = components.skeleton(config.model), single_file.lora_layout(*adapters.read(kept), precision)
+    title = f"{config.run.name} {kept.resolve().name}", config.data.resolution
+    if (kept / adapters.FILE).is_file():
+        with torch.device("meta"):
+            parts = components.skeleton(config.model)
+        weights, settings = adapters.read(kept)
+        tensors = single_file.lora_layout(parts, weights, settings, precision)
+        about = single_file.about_lora(parts, *title, settings["unet"])
     else:
         parts = _whole(config.model, kept)
-        tensors = single_file.original_layout(parts, precision)
-    title = f"{config.run.name} {kept.resolve().name}"
-    _write(target, tensors, single_file.about(parts, title, config.data.resolution, is_lora))
+        tensors, about = single_file.original_layout(parts, precision), single_file.about(parts, *title)
+    _write(target, tensors, about)
     console.result(str(target))
 
 
@@ -93,10 +99,20 @@ def _write(target: Path, tensors: dict[str, torch.Tensor], about: dict[str, str]
         try:
             save_file(tensors, partial, metadata=about)
             as_umask_says(partial)
-            with partial.open("rb") as file:
+            with partial.open("r+b") as file:
+                _in_order(file)
                 os.fsync(file.fileno())
             _refuse_to_overwrite(target)  # another export may have been quicker
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
         sync_folder(target.parent)
+
+
+def _in_order(file: BinaryIO) -> None:
+    """safetensors writes metadata in another order each time; sorted, the same state leaves the same bytes."""
+    length = int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(length))
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    file.seek(8)
+    file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))

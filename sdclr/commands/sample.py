@@ -148,7 +148,7 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
 
 
 def _column(path: Path, run_name: str | None) -> Column:
-    """A column for a checkpoint (verified) or any folder with a unet/ inside. Raises InputError when it is neither."""
+    """A column for a checkpoint (verified) or any folder with a unet/ or a LoRA inside. Raises InputError when it is neither."""
     from sdclr.engine.checkpoint import kept_in
 
     checkpoint, identity = kept_in(path), model_fingerprint(str(path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -122,6 +122,14 @@ class LoraSection(Section):
         "transformer",
         description="beside which matrices: attention, or transformer, the feed-forward ones of its blocks too",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alpha_is_the_rank(cls, values: Any) -> Any:
+        """Written out, so that whoever says it and whoever does not have the same run."""
+        rank = values.get("rank") if isinstance(values, dict) else None
+        unsaid = isinstance(rank, int) and rank > 0 and values.get("alpha") is None
+        return {**values, "alpha": rank} if unsaid else values
 
     @model_validator(mode="after")
     def _settings_have_a_rank(self) -> LoraSection:

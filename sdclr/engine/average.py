@@ -1,5 +1,6 @@
 """The average of a run's trough weights as one more state of the model: snapshots of cyclical rates (Huang 2017, arXiv 1704.00109),
-averaged as weights (Izmailov 2018, arXiv 1803.05407)."""
+averaged as weights (Izmailov 2018, arXiv 1803.05407). Of a LoRA these are its matrices A and B; the average's own BA is another than the
+mean of theirs, and its held-out loss is measured."""
 
 from __future__ import annotations
 

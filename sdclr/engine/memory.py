@@ -52,11 +52,11 @@ class Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """Bytes that a run needs where it computes; `resident` is there throughout training (weights, of which some are trained, optimizer,
-    data, copies)."""
+    """Bytes that a run needs where it computes; `resident` is there throughout training (weights, of which so many bytes are trained,
+    optimizer, data, copies)."""
 
     parts: dict[str, int]
-    trained: int
+    trained_bytes: int
     training: Moments
     validation: Moments | None
     draws: int
@@ -82,7 +82,7 @@ class Needs:
 
     def side_by_side(self) -> Needs:
         """What each of several processes needs, which exchange their gradients through a copy of them."""
-        return dataclasses.replace(self, parts=self.parts | {"exchange": self.trained})
+        return dataclasses.replace(self, parts=self.parts | {"exchange": self.trained_bytes})
 
     def working(self, batch: int) -> int:
         """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
@@ -130,7 +130,10 @@ def count(
             "data": work.data_bytes(images, held_out),
             "libraries": LIBRARIES,
         }
-        encoding += weights + sum(frozen.values())
+        as_loaded = (
+            4 * sum(p.numel() for module in work.trained for p in module.parameters()) if config.lora.rank else 0
+        )
+        encoding = sum(frozen.values()) + max(encoding + weights, as_loaded)
     kept, recorded = (KEPT if device.type == "cpu" else 0.0), graph.wanted(config, device, precision)
     return Needs(lasting, trained, training, validation, draws, encoding, kept, recorded)
 
@@ -222,7 +225,8 @@ class _Work:
         for name in components.narrowed(config.model):
             components.narrow(getattr(self.parts, name))
         components.prepare_for_training(self.parts, counted, torch.device(where))
-        components.attach_lora(self.parts, config, precision)
+        if config.lora.rank:
+            components.attach_lora(self.parts, config, precision)
         self.trained = list(self.parts.trainable(config.model.train).values())
         vae, unet = self.parts.vae.config, self.parts.unet.config
         side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)

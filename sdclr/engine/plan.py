@@ -183,8 +183,14 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
 def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
     """The newest range test whose fingerprint fits: this run's own first, then those of the other runs beside it."""
     ours = fingerprint(config, inputs)
-    fitting = [(path, result) for path, result in _range_tests(config) if result.get("fingerprint") == ours]
+    fitting = [(path, result) for path, result in _range_tests(config) if not _differing(result, ours)]
     return fitting[0] if fitting else None
+
+
+def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """The keys of a fingerprint that a range test does not agree in; one that is older than a key had what that stands for off."""
+    theirs = result.get("fingerprint") or {}
+    return [key for key in ours if theirs.get(key) != ours[key]]
 
 
 def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -285,9 +291,7 @@ def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
     ours = fingerprint(config, inputs)
     for path, result in _range_tests(config)[:3]:
         theirs = result.get("fingerprint", {})
-        differing = [
-            f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in ours if theirs.get(key) != ours[key]
-        ]
+        differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in _differing(result, ours)]
         text += f"\n  {path}: differs in {', '.join(differing)}"
     return text
 
@@ -355,7 +359,7 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
     if config.lora.rank:
-        rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha or config.lora.rank:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
+        rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:
         return rows
     s = plan.schedule

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from sdclr.config.kinds import Section
 from sdclr.config.schema import RunConfig
 from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
 from sdclr.engine.folder import RunFolder
@@ -75,7 +76,8 @@ def refuse_other_mathematics(
     folder: RunFolder, config: RunConfig, plan: Plan, start: Checkpoint, overrides: Sequence[str]
 ) -> None:
     """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values."""
-    before = start.info()["config"]
+    unset = {name: f.default.model_dump(mode="json") for name, f in RunConfig.model_fields.items() if isinstance(f.default, Section)}  # fmt: skip
+    before = unset | start.info()["config"]  # which may be older than a section
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
     same_rates = _rates_as_used(folder, start.step, plan)
     clashes = []

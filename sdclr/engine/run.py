@@ -75,9 +75,10 @@ class Run:
         self.parts = components.load(config.model, to_train=True)
         self._say_what_is_cut()
         self._encoder = Encoder(config, self.parts, self.device)
-        self._encode()
         components.prepare_for_training(self.parts, config.model, self.device)
-        components.attach_lora(self.parts, config, self.accelerator.mixed_precision)
+        if config.lora.rank:
+            components.attach_lora(self.parts, config, self.accelerator.mixed_precision)
+        self._encode()
         self.modules = self.models = self.parts.trainable(config.model.train)
         if sharding.asked():
             self.models = {name: components.without_weights(module) for name, module in self.modules.items()}
@@ -303,9 +304,14 @@ class Run:
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         c = self.config.optimizer
-        scales = {"unet": 1.0, "text_encoder": c.text_encoder_scale}
+        scales = {
+            "unet": 1.0,
+            "text_encoder": c.text_encoder_scale,
+        }  # in this order, whatever the config's: checkpoints go by it
         groups = [
-            {"params": adapters.trained(module), "lr_scale": scales[name]} for name, module in self.modules.items()
+            {"params": adapters.trained(self.modules[name]), "lr_scale": scale}
+            for name, scale in scales.items()
+            if name in self.modules
         ]
         new = functools.partial(optimizers.new, c)
         full = self.config.model.precision == "full_bf16"

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sdclr.config.schema import LoraSection
 from sdclr.errors import InputError, first_line
-from sdclr.seeding import derive
+from sdclr.seeding import generator
 
 Weights = dict[str, torch.Tensor]
 FILE = LORA_WEIGHT_NAME_SAFE
@@ -31,8 +31,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "fc1", "fc2")
 LAYERS = {"attention": ATTENTION, "transformer": (*ATTENTION, *FEED_FORWARD)}
 """Of UNets and of CLIPs; of their transformer blocks nothing else is a matrix."""
+TRAINABLE = ("unet", "text_encoder")
 TEXT_MODEL = "text_model."
-"""What CLIP's weights are called by in every file, and no longer in recent releases of transformers."""
+"""What CLIP's weights are called by in such files, and no longer in recent releases of transformers."""
 
 
 def attach(module: Any, lora: LoraSection, seed: int) -> None:
@@ -42,15 +43,14 @@ def attach(module: Any, lora: LoraSection, seed: int) -> None:
     # (engine.memory counts on them) do not admit to be on.
     with unset_fake_temporarily():
         inject_adapter_in_model(_config(lora), module, low_cpu_mem_usage=True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "lora", type(module).__name__))
-        for layer in module.modules():
-            if isinstance(layer, LoraLayer):
-                layer.cast_input_dtype_enabled = False  # autocast does that, and needs no copy in fp32 for it
-                place, a, b = layer.get_base_layer().weight.device, layer.lora_A["default"], layer.lora_B["default"]
-                for matrix in (a, b):
-                    matrix.weight = torch.nn.Parameter(torch.zeros(matrix.weight.shape, device=place))
-                torch.nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+    own = generator(seed, "lora", type(module).__name__)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False  # autocast does that, and needs no copy in fp32 for it
+            place, a, b = layer.get_base_layer().weight.device, layer.lora_A["default"], layer.lora_B["default"]
+            for matrix in (a, b):
+                matrix.weight = torch.nn.Parameter(torch.zeros(matrix.weight.shape, device=place))
+            torch.nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5), generator=own)
 
 
 def trained(module: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -100,28 +100,29 @@ def save(models: dict[str, Any], weights: dict[str, Weights], folder: Path) -> N
 
 
 def read(folder: Path) -> tuple[dict[str, Weights], dict[str, LoraSection]]:
-    """What `save` has written: the weights by part, and their settings. Raises InputError when it is damaged, or of other layers than
-    can be trained here."""
+    """What `save` has written: the weights by part, and their settings. Raises InputError when it is damaged, or another's."""
     path = folder / FILE
     found: dict[str, Weights] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[LORA_ADAPTER_METADATA_KEY])
+            about = json.loads((file.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
             for key in file.keys():  # noqa: SIM118 (a safetensors file is no dict)
                 part, _, name = key.partition(".")
                 found.setdefault(part, {})[name.removeprefix(TEXT_MODEL)] = file.get_tensor(key)
-        return found, {part: _section(about, part) for part in found}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise InputError(f"{path}: cannot be read as a LoRA that sdclr has written: {first_line(error)}") from error
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {first_line(error)}") from error
+    return found, {part: _section(path, about, part) for part in found}
 
 
 def merge(module: Any, weights: Weights, lora: LoraSection) -> None:
-    """Add to a module's weights what was trained beside them. Raises RuntimeError where that does not fit."""
+    """Add to a module's weights what was trained beside them. Raises RuntimeError, and adds nothing, where that does not fit."""
     over = LoraModel(module, _config(lora), "default")
+    fits = False
     try:
         put(module, weights)
+        fits = True
     finally:
-        over.merge_and_unload()
+        over.merge_and_unload() if fits else over.unload()
         vars(module).pop("peft_config", None)  # which some releases of peft leave there
 
 
@@ -131,25 +132,23 @@ def _matrices(module: Any) -> Weights:
 
 def _config(lora: LoraSection) -> LoraConfig:
     assert lora.rank is not None
-    return LoraConfig(r=lora.rank, lora_alpha=alpha_of(lora), target_modules=list(LAYERS[lora.layers]))
-
-
-def alpha_of(lora: LoraSection) -> float:
-    """What the product of the two matrices is multiplied by, times the rank."""
-    assert lora.rank is not None
-    return lora.alpha or float(lora.rank)
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(LAYERS[lora.layers]))
 
 
 def _settings(model: Any) -> dict[str, Any]:
-    """peft's settings of what is attached, as diffusers keeps them beside the weights."""
+    """peft's settings of what is attached, as diffusers keeps them beside the weights; older releases ask for the last two."""
     config = model.peft_config["default"]
-    return {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    own = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
+    return own | {"rank_pattern": {}, "alpha_pattern": {}}
 
 
-def _section(about: dict[str, Any], part: str) -> LoraSection:
-    targets = set(about[f"{part}.target_modules"])
-    layers = next(name for name, suffixes in LAYERS.items() if targets == set(suffixes))
-    return LoraSection(rank=about[f"{part}.r"], alpha=about[f"{part}.lora_alpha"], layers=layers)
+def _section(path: Path, about: dict[str, Any], part: str) -> LoraSection:
+    rank, alpha, beside = (about.get(f"{part}.{key}") for key in ("r", "lora_alpha", "target_modules"))
+    layers = next((name for name, suffixes in LAYERS.items() if sorted(suffixes) == beside), None)
+    if part not in TRAINABLE or layers is None:
+        what = f"it holds matrices for {part} beside {beside}" if beside else "it does not say rank, alpha and layers"
+        raise InputError(f"{path}: is not a LoRA that sdclr has written: {what}")
+    return LoraSection(rank=rank, alpha=alpha, layers=layers)
 
 
 def name_in_files(part: str, key: str) -> str:

@@ -219,12 +219,14 @@ def narrow(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> None
 
 
 def attach_lora(parts: Components, config: RunConfig, precision: str) -> None:
-    """Train small matrices beside the weights of what is named in `model.train`, if the config says so; the weights are kept in the forward
-    pass's precision."""
-    if config.lora.rank:
-        for module in parts.trainable(config.model.train).values():
-            narrow(module, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32))
-            adapters.attach(module, config.lora, config.run.seed)
+    """Train small matrices beside the weights of what is named in `model.train`. Of these the frozen ones are kept as autocast would cast
+    them for every forward, if it would: norms and embeddings stay in fp32, and what is computed stays the same."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    for module in parts.trainable(config.model.train).values():
+        for layer in module.modules():
+            if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+                narrow(layer, dtype)
+        adapters.attach(module, config.lora, config.run.seed)
 
 
 def prepare_for_training(parts: Components, config: ModelSection, device: torch.device) -> None:
@@ -275,16 +277,19 @@ def load_trained(parts: Components, folder: Path, besides: tuple[str, ...] = ())
 
     Raises InputError where a tensor is missing or does not fit.
     """
-    lora = adapters.read(folder)[1] if (folder / adapters.FILE).is_file() else {}
-    names = tuple(lora) or tuple(name for name in WEIGHTS if name not in besides and (folder / name).is_dir())
-    for name, weights in read_trained(folder, names).items():
+    if (folder / adapters.FILE).is_file():
+        found, lora = adapters.read(folder)
+    else:
+        names = tuple(name for name in WEIGHTS if name not in besides and (folder / name).is_dir())
+        found, lora = read_trained(folder, names), {}
+    for name, weights in found.items():
         module = getattr(parts, name)
         try:
             adapters.merge(module, weights, lora[name]) if lora else module.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
-            problems = [line.strip() for line in str(error).splitlines()]
+            first, *others = [line.strip() for line in str(error).splitlines()]
             raise InputError(
-                f"{folder if lora else folder / name}: does not fit the {name} of model.base: {problems[1 if problems[1:] else 0][:300]}",
+                f"{folder if lora else folder / name}: does not fit the {name} of model.base: {(others or [first])[0][:300]}",
                 hint="its run was trained from another model: name that one as model.base",
             ) from error
 

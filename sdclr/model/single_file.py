@@ -46,6 +46,8 @@ LAYERS_OF_SD2 = 24
 ARCHITECTURES = {
     "Stable Diffusion 1.x": "stable-diffusion-v1", "Stable Diffusion 2.x": "stable-diffusion-v2", "SDXL": "stable-diffusion-xl-v1-base",
 }  # fmt: skip
+KOHYAS = {"Stable Diffusion 1.x": "sd_v1", "Stable Diffusion 2.x": "sd_v2", "SDXL": "sdxl_base_v1-0"}
+"""What ModelSpec and kohya's trainer call the families."""
 
 
 def original_layout(parts: Components, precision: str) -> State:
@@ -67,29 +69,44 @@ def original_layout(parts: Components, precision: str) -> State:
     return {name: _as(precision, name, tensor) for name, tensor in found.items()} | _marks(parts)
 
 
-def lora_layout(weights: dict[str, State], settings: dict[str, LoraSection], precision: str) -> State:
-    """A LoRA, by part, under the names that kohya's trainer gave such files, which A1111, Forge, ComfyUI and diffusers read.
+def lora_layout(
+    parts: Components, weights: dict[str, State], settings: dict[str, LoraSection], precision: str
+) -> State:
+    """A LoRA of a model (whose own weights are not looked at), by part, under the names that kohya's trainer gives such files, which
+    A1111, Forge, ComfyUI and diffusers read: diffusers' names, but those of SDXL's UNet, which are Stability's.
 
     Raises InputError where a weight is too large for the precision.
     """
+    unet = parts.unet.state_dict()
+    theirs = dict(zip(unet, (name for name, _ in _unet(unet)), strict=True)) if parts.is_xl else {}
     found: State = {}
     for part, own in weights.items():
         for key, tensor in own.items():
             layer, _, matrix = adapters.name_in_files(part, key).rpartition(".lora_")
+            layer = theirs.get(f"{layer}.weight", layer).removesuffix(".weight")
             name = f"{LORA_PARTS[part]}_{layer.replace('.', '_')}"
             found[f"{name}.lora_{LORA_MATRICES[matrix]}"] = _as(precision, key, tensor)
-            found[f"{name}.alpha"] = torch.tensor(adapters.alpha_of(settings[part]), dtype=DTYPES[precision])
+            found[f"{name}.alpha"] = torch.tensor(settings[part].alpha)
     return found
 
 
-def about(parts: Components, title: str, resolution: int, lora: bool = False) -> dict[str, str]:
-    """What a reader may want to know of it, as the file's metadata (Stability's ModelSpec 1.0)."""
-    spec = {"sai_model_spec": "1.0.0", "architecture": ARCHITECTURES[parts.kind] + "/lora" * lora, "implementation": "sgm" if parts.is_xl else "ldm",
-            "title": title, "resolution": f"{resolution}x{resolution}"}  # fmt: skip
-    if not lora:
-        spec["prediction_type"] = {"epsilon": "epsilon", "v_prediction": "v"}[
-            parts.noise_scheduler.config.prediction_type
-        ]
+def about(parts: Components, title: str, resolution: int) -> dict[str, str]:
+    """What a reader may want to know of a model, as the file's metadata (Stability's ModelSpec 1.0)."""
+    prediction = {"epsilon": "epsilon", "v_prediction": "v"}[parts.noise_scheduler.config.prediction_type]
+    return _spec(parts, title, resolution, prediction_type=prediction)
+
+
+def about_lora(parts: Components, title: str, resolution: int, lora: LoraSection) -> dict[str, str]:
+    """The same of a LoRA of a model, and by kohya's keys, by which A1111 knows what model it is for."""
+    kohyas = {"base_model_version": KOHYAS[parts.kind], "v2": parts.kind == "Stable Diffusion 2.x", "network_module": "networks.lora",
+              "network_dim": lora.rank, "network_alpha": lora.alpha}  # fmt: skip
+    spec = _spec(parts, title, resolution, architecture=f"{ARCHITECTURES[parts.kind]}/lora")
+    return spec | {f"ss_{key}": str(value) for key, value in kohyas.items()}
+
+
+def _spec(parts: Components, title: str, resolution: int, **more: str) -> dict[str, str]:
+    spec = {"sai_model_spec": "1.0.0", "architecture": ARCHITECTURES[parts.kind], "implementation": "sgm" if parts.is_xl else "ldm",
+            "title": title, "resolution": f"{resolution}x{resolution}", **more}  # fmt: skip
     return {"format": "pt", **{f"modelspec.{key}": value for key, value in spec.items()}}
 
 

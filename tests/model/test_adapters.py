@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdclr.config.schema import LoraSection, ModelSection
@@ -111,7 +115,13 @@ def test_a_file_gives_back_weights_and_settings_and_merged_they_compute_the_same
     weights = {name: adapters.weights_of(module) for name, module in models.items()}
     adapters.save(models, weights, tmp_path)
     read, settings = adapters.read(tmp_path)
-    assert {part: (s.rank, adapters.alpha_of(s), s.layers) for part, s in settings.items()} == dict.fromkeys(weights, (3, alpha or 3.0, "attention"))  # fmt: skip
+    assert settings == dict.fromkeys(weights, lora)
+    assert lora.alpha == (alpha or 3.0)
+    with safe_open(tmp_path / adapters.FILE, "pt") as file:
+        (about,) = file.metadata().values()  # older releases of diffusers make peft's whole config of it
+    for part in weights:
+        LoraConfig(**{k.partition(".")[2]: v for k, v in json.loads(about).items() if k.startswith(f"{part}.")})
+        assert {f"{part}.rank_pattern", f"{part}.alpha_pattern"} <= json.loads(about).keys()
     for part, own in weights.items():
         assert own.keys() == read[part].keys()
         assert all(torch.equal(tensor, read[part][key]) for key, tensor in own.items())
@@ -139,11 +149,27 @@ def test_files_of_others_and_damaged_ones_are_refused_by_name(parts, xl, tmp_pat
         components.read_trained(tmp_path, ("unet", "text_encoder"))
     whole = file.read_bytes()
     save_file(load_file(file), file)  # as other trainers write it: with no word of ours
-    with pytest.raises(InputError, match=f"{adapters.FILE}: cannot be read as a LoRA that sdclr has written"):
+    with pytest.raises(
+        InputError, match=f"{adapters.FILE}: is not a LoRA that sdclr has written: it does not say rank"
+    ):
         adapters.read(tmp_path)
     file.write_bytes(whole.replace(b"to_out.0", b"to_out.1", 1))
-    with pytest.raises(InputError, match="cannot be read as a LoRA"):
+    with pytest.raises(InputError, match=r"sdclr has written: it holds matrices for unet beside \[.*to_out\.1"):
+        adapters.read(tmp_path)
+    adapters.save({"text_encoder_2": unet}, {"text_encoder_2": adapters.weights_of(unet)}, tmp_path)
+    with pytest.raises(InputError, match="it holds matrices for text_encoder_2"):
         adapters.read(tmp_path)
     file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match="cannot be read as a LoRA"):
+    with pytest.raises(InputError, match=f"{adapters.FILE}: cannot be read"):
         adapters.read(tmp_path)
+
+
+def test_what_does_not_fit_leaves_a_module_as_it_was(parts):
+    unet = attached(copy.deepcopy(parts.unet), moved=True)
+    weights, before = adapters.weights_of(unet), {k: v.clone() for k, v in parts.unet.state_dict().items()}
+    last = list(weights)[-1]
+    with pytest.raises(RuntimeError):
+        adapters.merge(parts.unet, weights | {last: torch.zeros(1, 1)}, LORA)
+    after = parts.unet.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
