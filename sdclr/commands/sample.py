@@ -93,7 +93,7 @@ class _Painter:
 
     def __init__(self, config: RunConfig):
         from sdclr.engine.run import make_accelerator
-        from sdclr.model import components
+        from sdclr.model import components, encoders
 
         self.config, self.components = config, components
         self.accelerator = make_accelerator(config)
@@ -105,7 +105,7 @@ class _Painter:
             if name != "vae"
         }
         if self.parts.is_xl:
-            components.decode_in_fp32(self.parts.vae)
+            encoders.decode_in_fp32(self.parts.vae)
         self.pipeline = self.parts.pipeline().to(self.accelerator.device)
 
     def load(self, folder: Path | None) -> None:

@@ -15,7 +15,7 @@ from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_h
 from sdclr.data.dataset import Seen, View, look
 from sdclr.data.pairs import Pair, printable
 from sdclr.errors import DataError, first_line
-from sdclr.model import components
+from sdclr.model import components, encoders
 from sdclr.report import console
 
 CAPTIONS_TOGETHER = 4
@@ -27,7 +27,7 @@ PACK = 64
 @dataclasses.dataclass
 class Encoded:
     """Latents' mean and spread (images, views, 4, h, w), the pictures' sizes (images, views, 6), and of captions what
-    `components.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (images, tokens)."""
+    `encoders.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (images, tokens)."""
 
     pairs: tuple[Pair, ...]
     mean: torch.Tensor
@@ -57,7 +57,7 @@ class Encoder:
         self.trains_text = "text_encoder" in config.model.train
         self.cache = TensorCache(config.run.output_dir / ".cache")
         self.together = pictures_together(config.data.resolution)
-        self.vae_key = (weights_hash(components.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
+        self.vae_key = (weights_hash(encoders.what_encodes(parts.vae)), parts.vae.config.scaling_factor)
         self.text_key = [weights_hash(e.named_parameters()) + _settings(e) for e in parts.text_encoders]
 
     def encode(self, pairs: tuple[Pair, ...], views: list[View]) -> Encoded:
@@ -129,7 +129,7 @@ class Encoder:
             return []
         group = pictures + [pictures[-1]] * (self.together - len(pictures))
         pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in group])
-        mean, std = components.encode_pixels(self.parts.vae, pixels.to(self.device))
+        mean, std = encoders.encode_pixels(self.parts.vae, pixels.to(self.device))
         return [
             {"mean": mean[row].cpu().clone(), "std": std[row].cpu().clone(), "sizes": torch.tensor(picture.sizes)}
             for row, picture in enumerate(pictures)
@@ -137,7 +137,7 @@ class Encoder:
 
     def _captions(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """Captions as they are encoded once and for all or, where the text encoder is trained, their token ids; rows are captions."""
-        tokens = components.tokenize(self.parts, captions)
+        tokens = encoders.tokenize(self.parts, captions)
         if self.trains_text:
             return {"input_ids": tokens[:, 0]}
         keys = [key_of("caption", *row.flatten().tolist(), *self.text_key, CAPTIONS_TOGETHER) for row in tokens]
@@ -156,7 +156,7 @@ class Encoder:
         for first in range(0, len(keys), CAPTIONS_TOGETHER):
             some = keys[first : first + CAPTIONS_TOGETHER]
             group = [rows[key] for key in some + [some[-1]] * (CAPTIONS_TOGETHER - len(some))]
-            told = components.encode_tokens(self.parts, torch.stack(group), self.device)
+            told = encoders.encode_tokens(self.parts, torch.stack(group), self.device)
             made |= {
                 key: {name: tensor[row].cpu().clone() for name, tensor in told.items()} for row, key in enumerate(some)
             }

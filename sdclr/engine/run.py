@@ -30,7 +30,7 @@ from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import InputError, first_line
-from sdclr.model import adapters, components
+from sdclr.model import adapters, components, encoders
 from sdclr.model.objective import min_snr_weights, offset_noise, predict, squared_error
 from sdclr.report import console
 from sdclr.seeding import generator
@@ -171,7 +171,7 @@ class Run:
         if not self.processes.main:
             return
         pairs = (*self.inputs.split.train, *self.inputs.split.validation)
-        cut = components.cut_captions(self.parts, {pair.caption for pair in pairs})
+        cut = encoders.cut_captions(self.parts, {pair.caption for pair in pairs})
         named = [printable(pair.path) for pair in pairs if pair.caption in cut]
         if named:
             length, more = (

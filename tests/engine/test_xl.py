@@ -33,7 +33,7 @@ from sdclr.engine.folder import read_json
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import Inconclusive, InputError, Interrupted
-from sdclr.model import checks, components
+from sdclr.model import checks, components, encoders
 from sdclr.model.single_file import original_layout
 from sdclr.report import metrics
 from sdclr.seeding import generator
@@ -74,7 +74,7 @@ def built(path: Path, *overrides: str) -> Run:
 def test_captions_are_encoded_as_diffusers_own_pipeline_encodes_them(xl):
     parts = components.load(section(xl))
     captions = ["disc", "a longer caption than fits into sixteen tokens"]
-    told = components.encode_tokens(parts, components.tokenize(parts, captions), torch.device("cpu"))
+    told = encoders.encode_tokens(parts, encoders.tokenize(parts, captions), torch.device("cpu"))
     hidden, _, pooled, _ = parts.pipeline().encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)  # type: ignore[union-attr]
     assert torch.allclose(told["encoder_hidden_states"], hidden, atol=1e-6)
     assert torch.allclose(told["text_embeds"], pooled, atol=1e-6)
@@ -156,8 +156,8 @@ def test_a_second_run_encodes_neither_pictures_nor_captions_again(path, monkeypa
     def refuse(*args: object) -> None:
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr(components, "encode_tokens", refuse)
-    monkeypatch.setattr(components, "encode_pixels", refuse)
+    monkeypatch.setattr(encoders, "encode_tokens", refuse)
+    monkeypatch.setattr(encoders, "encode_pixels", refuse)
     second = built(path())
     assert torch.equal(first.train.sizes, second.train.sizes)
     assert list(first.train.captions) == list(second.train.captions) == ["encoder_hidden_states", "text_embeds"]
@@ -178,8 +178,8 @@ def test_models_that_share_a_cache_get_their_own_captions(path, xl, model, tmp_p
     shutil.copytree(xl / "text_encoder", plain / "text_encoder", dirs_exist_ok=True)
     for folder in (xl, other, padded, heads, plain):
         run = built(path(model=folder))
-        tokens = components.tokenize(run.parts, [pair.caption for pair in run.train.pairs])
-        for name, tensor in components.encode_tokens(run.parts, tokens, torch.device("cpu")).items():
+        tokens = encoders.tokenize(run.parts, [pair.caption for pair in run.train.pairs])
+        for name, tensor in encoders.encode_tokens(run.parts, tokens, torch.device("cpu")).items():
             assert torch.allclose(run.train.captions[name], tensor, atol=1e-5), (folder, name)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError
-from sdclr.model import checks, components
+from sdclr.model import checks, components, encoders
 from sdclr.model.single_file import original_layout
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -260,7 +260,7 @@ def test_a_single_file_in_the_layout_of_sd_1_loads_offline_and_computes_what_the
         ]
         assert (images[0] == images[1]).all()
     assert single.noise_scheduler.config.prediction_type == "epsilon"
-    assert components.tokenize(single, ["disc 1"]).tolist() == components.tokenize(folder, ["disc 1"]).tolist()
+    assert encoders.tokenize(single, ["disc 1"]).tolist() == encoders.tokenize(folder, ["disc 1"]).tolist()
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."])
@@ -316,7 +316,7 @@ def test_what_is_trained_is_unfrozen_and_nothing_else(model, train):
 
 def test_captions_are_padded_and_cut_to_the_models_length(model):
     parts = components.load(section(model))
-    tokens = components.tokenize(parts, ["", "disc", "a" * 100])[:, 0]
+    tokens = encoders.tokenize(parts, ["", "disc", "a" * 100])[:, 0]
     start, end = parts.tokenizer.bos_token_id, parts.tokenizer.eos_token_id
     assert tokens.shape == (3, 16)
     assert tokens[:, 0].tolist() == [start] * 3
