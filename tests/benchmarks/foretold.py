@@ -51,7 +51,7 @@ def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list
     """What is measured; on a GPU at true size, and on the CPU in bf16 where that is asked for."""
     if full_size:
         sd15 = Case(folder_of("sd15", work), 512, 8, 1, pictures=FEW, given_back=True)
-        settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST, (*SMALLER, IN_BF16, LORA))
+        settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST)
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         return small if quick else [*small, Case(folder_of("sdxl", work), 1024, 8, 1, LEAST, FEW, given_back=True)]
     if device == "cuda":
