@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -123,13 +123,12 @@ class LoraSection(Section):
         description="beside which matrices: attention, or transformer, the feed-forward ones of its blocks too",
     )
 
-    @model_validator(mode="before")
+    @field_validator("alpha")
     @classmethod
-    def _alpha_is_the_rank(cls, values: Any) -> Any:
+    def _alpha_is_the_rank(cls, alpha: float | None, info: ValidationInfo) -> float | None:
         """Written out, so that whoever says it and whoever does not have the same run."""
-        rank = values.get("rank") if isinstance(values, dict) else None
-        unsaid = isinstance(rank, int) and rank > 0 and values.get("alpha") is None
-        return {**values, "alpha": rank} if unsaid else values
+        rank = info.data.get("rank")
+        return float(rank) if alpha is None and rank else alpha
 
     @model_validator(mode="after")
     def _settings_have_a_rank(self) -> LoraSection:

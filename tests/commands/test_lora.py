@@ -21,6 +21,7 @@ from sdclr.commands.range_test import range_test
 from sdclr.commands.sample import _columns_of_run, draw_missing, sample
 from sdclr.commands.train import train
 from sdclr.config import source
+from sdclr.config.schema import LoraSection
 from sdclr.engine.checkpoint import available, verify
 from sdclr.engine.folder import write_json
 from sdclr.engine.plan import find_range_test, fingerprint, read_inputs
@@ -241,6 +242,11 @@ def test_check_says_what_is_trained(config, capsys):
     whole = sum(p.numel() for p in modules["unet"].parameters()) - count
     assert f"UNet of {whole:,} weights that predicts the noise; {count:,} weights are trained" in said
     assert "a LoRA of rank 4, alpha 6, beside the transformer matrices" in said
+
+
+@pytest.mark.parametrize("said", ["{rank: 4}", "{rank: '4'}", "{rank: 4, alpha: null}", "{rank: 4, alpha: 4}"])
+def test_alpha_is_the_rank_where_nothing_is_said_of_it(config, said):
+    assert source.load(config(f"lora: {said}")).config.lora == LoraSection(rank=4, alpha=4.0)
 
 
 @pytest.mark.parametrize(
