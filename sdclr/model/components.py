@@ -280,7 +280,7 @@ def load_trained(parts: Components, folder: Path, besides: tuple[str, ...] = ())
     if (folder / adapters.FILE).is_file():
         found, lora = adapters.read(folder)
     else:
-        names = tuple(name for name in WEIGHTS if name not in besides and (folder / name).is_dir())
+        names = tuple(name for name in parts.networks if name not in besides and (folder / name).is_dir())
         found, lora = read_trained(folder, names), {}
     for name, weights in found.items():
         module = getattr(parts, name)

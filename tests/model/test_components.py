@@ -336,6 +336,13 @@ def test_trained_weights_laid_over_the_parts_must_fit(model, copy):
         components.load_trained(parts, copy)
 
 
+def test_a_part_that_the_model_does_not_have_is_no_traceback(model, xl, tmp_path):
+    other = shutil.copytree(xl, tmp_path / "other")
+    shutil.rmtree(other / "text_encoder")
+    with pytest.raises(InputError, match=r"does not fit the unet of model\.base"):
+        components.load_trained(components.load(section(model)), other, besides=("vae",))
+
+
 def test_a_saved_pipeline_loads_again_with_the_same_weights_and_holds_safetensors_alone(model, tmp_path):
     parts = components.load(section(model))
     parts.save_pipeline(tmp_path / "saved")
