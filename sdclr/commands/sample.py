@@ -71,7 +71,7 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
     base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
     computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
-    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), config.data.resolution)
+    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *(s.size or [config.data.resolution]))
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     # By path, because two columns may hold the same weights: the best state is often a trough.
     missing = list({paths[cell]: cell for cell in reversed(wanted) if not _readable(paths[cell])}.values())
@@ -119,12 +119,17 @@ class _Painter:
         """One picture, exactly as a user's own call of the pipeline with this seed."""
         import torch
 
-        s, side = self.config.sample, self.config.data.resolution
+        s, (width, height) = self.config.sample, _size(self.config)
         with self.accelerator.autocast():
             return self.pipeline(
-                prompt, negative_prompt=s.negative_prompt or None, num_inference_steps=s.steps, guidance_scale=s.guidance, height=side, width=side,
+                prompt, negative_prompt=s.negative_prompt or None, num_inference_steps=s.steps, guidance_scale=s.guidance, height=height, width=width,
                 generator=torch.Generator().manual_seed(seed),
             ).images[0]  # fmt: skip
+
+
+def _size(config: RunConfig) -> tuple[int, int]:
+    """Width and height of a drawn picture, in pixels."""
+    return config.sample.size or (config.data.resolution, config.data.resolution)
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
@@ -280,6 +285,7 @@ def _record(
         "steps": s.steps,
         "guidance": s.guidance,
         "resolution": config.data.resolution,
+        "size": list(_size(config)),
     }
     return {
         "columns": shown,

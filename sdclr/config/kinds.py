@@ -87,6 +87,15 @@ Seed = Annotated[int, Field(ge=0, le=2**53)]
 Text = Annotated[str, Field(max_length=2000)]
 
 
+def _fits_the_vae(pixels: int) -> int:
+    if pixels % 8:
+        raise problem(f"must be a multiple of 8 (the VAE's factor); got {pixels}, nearest is {8 * round(pixels / 8)}")
+    return pixels
+
+
+Side = Annotated[int, Field(ge=32, le=4096), AfterValidator(_fits_the_vae)]
+
+
 def at_home(path: Path) -> Path:
     """A path with ~ and ~user as the folders they stand for; a user that this machine does not know is a problem."""
     try:

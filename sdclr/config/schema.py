@@ -20,6 +20,7 @@ from sdclr.config.kinds import (
     Rate,
     Section,
     Seed,
+    Side,
     Span,
     Text,
     at_home,
@@ -144,8 +145,14 @@ class DataSection(Section):
     images: Place = Field(
         description="folder of pictures, each with a .txt or .caption beside it (else the file name is the caption)"
     )
-    resolution: Annotated[int, Field(ge=32, le=4096)] = Field(512, description="pixels, a multiple of 8")
-    crop: Literal["center", "random"] = Field("center", description="how a picture becomes square: center or random")
+    resolution: Side = Field(512, description="pixels, a multiple of 8")
+    aspect: Literal["square", "buckets"] = Field(
+        "square",
+        description="square, or buckets: of the shapes of at most resolution² pixels, each picture takes the one nearest its own; a step is then several forward-backwards",
+    )
+    crop: Literal["center", "random"] = Field(
+        "center", description="which part of a picture is taken where it does not fit: center or random"
+    )
     crops: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="random crops encoded for each picture (crop: random)"
     )
@@ -154,15 +161,6 @@ class DataSection(Section):
     caption_dropout: Probability = Field(
         0.1, description="share of steps' samples whose caption is emptied, so that guidance keeps working"
     )
-
-    @field_validator("resolution")
-    @classmethod
-    def _resolution_fits_the_vae(cls, resolution: int) -> int:
-        if resolution % 8:
-            raise problem(
-                f"must be a multiple of 8 (the VAE's factor); got {resolution}, nearest is {8 * round(resolution / 8)}"
-            )
-        return resolution
 
     @field_validator("crops")
     @classmethod
@@ -316,6 +314,9 @@ class SampleSection(Section):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=200)] = Field(
         (1, 2, 3), description="one picture each of every prompt, from the same noise in every column"
     )
+    size: tuple[Side, Side] | None = Field(
+        None, description="[width, height] in pixels, multiples of 8; null: data.resolution, square"
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="of the sampler")
     guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = Field(
         7.5, description="how strongly the prompt is followed (classifier-free guidance); 1: not beyond the model's own"
@@ -339,6 +340,14 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     sample: SampleSection = SampleSection()
 
+    @field_validator("data")
+    @classmethod
+    def _one_shape_is_compiled(cls, data: DataSection, info: ValidationInfo) -> DataSection:
+        model = info.data.get("model")
+        if model and model.compile == "on" and data.aspect == "buckets":
+            raise problem("has many shapes, and model.compile: on would compile each; set that to auto", at="aspect")
+        return data
+
     @field_validator("lora")
     @classmethod
     def _lora_is_in_fp32(cls, lora: LoraSection, info: ValidationInfo) -> LoraSection:
@@ -361,7 +370,7 @@ class RunConfig(Section):
     @field_validator("batch")
     @classmethod
     def _accumulation_is_possible(cls, batch: BatchSection, info: ValidationInfo) -> BatchSection:
-        optimizer, model = info.data.get("optimizer"), info.data.get("model")
+        optimizer, model, data = (info.data.get(section) for section in ("optimizer", "model", "data"))
         if model and model.precision == "full_bf16" and batch.accumulate > BF16_SUMS:
             raise problem(
                 f"must be at most {BF16_SUMS} with model.precision: full_bf16, in which more gradients cannot be summed up: each is too small beside the sum; got {batch.accumulate}",
@@ -371,6 +380,11 @@ class RunConfig(Section):
             raise problem(
                 f"must be 1 with optimizer.fused_backward, which updates after every backward; got {batch.accumulate}",
                 at="accumulate",
+            )
+        if optimizer and optimizer.fused_backward and data and data.aspect == "buckets" and batch.size != 1:
+            raise problem(
+                f"must be 1 with optimizer.fused_backward and data.aspect: buckets, for a backward is of pictures of one shape, and an update follows each; got {batch.size}",
+                at="size",
             )
         return batch
 

@@ -8,11 +8,23 @@ ever dropped or doubled.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Hashable, Iterable
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 
 from sdclr.seeding import derive, numpy_rng
+
+Item = TypeVar("Item")
+
+
+def together(items: Iterable[Item], alike: Callable[[Item], Hashable], most: int) -> list[list[Item]]:
+    """Items that go through the model at once: groups of at most `most` that are `alike` (of one shape), in the order they came in."""
+    groups: dict[Hashable, list[Item]] = {}
+    for item in items:
+        groups.setdefault(alike(item), []).append(item)
+    return [group[first : first + most] for group in groups.values() for first in range(0, len(group), most)]
 
 
 @dataclasses.dataclass(frozen=True)

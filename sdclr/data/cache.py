@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
+from sdclr.data.batches import together
 from sdclr.errors import StorageError
 
 KEYS = "keys"
@@ -43,9 +44,11 @@ class TensorCache:
         return found
 
     def put(self, entries: dict[str, Entry]) -> None:
-        """Store entries of the same shapes as one pack; raises StorageError when the disk refuses."""
-        if not entries:
-            return
+        """Store entries, those of the same shapes as one pack; raises StorageError when the disk refuses."""
+        for group in together(entries, lambda key: tuple(t.shape for t in entries[key].values()), max(1, len(entries))):
+            self._put_pack({key: entries[key] for key in group})
+
+    def _put_pack(self, entries: dict[str, Entry]) -> None:
         names = next(iter(entries.values()))
         pack = {name: torch.stack([entry[name] for entry in entries.values()]) for name in names}
         pack[KEYS] = torch.tensor([list(bytes.fromhex(key)) for key in entries], dtype=torch.uint8)

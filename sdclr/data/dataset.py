@@ -3,18 +3,66 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from sdclr.data.pairs import Pair
 from sdclr.seeding import numpy_rng
 
+BUCKET_STEP = 64
+"""Sides of buckets are multiples of it: eight of the VAE's times eight of the UNet's (Podell 2023, arXiv 2307.01952, section 2.3)."""
+
+
+class Shape(NamedTuple):
+    """Width and height of what is trained on, in pixels."""
+
+    width: int
+    height: int
+
+    def keeps(self, width: int, height: int) -> float:
+        """The share of a picture that is left when it is cut to this shape."""
+        wider = self.width * height / (self.height * width)
+        return min(wider, 1 / wider)
+
+
+@functools.cache
+def shapes(resolution: int, aspect: str) -> tuple[Shape, ...]:
+    """The shapes that pictures are cut to, the square first; of buckets none has more than resolution² pixels, a side longer than twice the
+    resolution, or one that is no multiple of 64 (below 512 pixels: of an eighth of the resolution, at least 8)."""
+    square = Shape(resolution, resolution)
+    if aspect == "square":
+        return (square,)
+    step = min(BUCKET_STEP, max(8, resolution // 64 * 8))
+    long = range((resolution // step + 1) * step, 2 * resolution + 1, step)
+    wide = [Shape(width, resolution**2 // width // step * step) for width in long]
+    return (square, *wide, *(Shape(height, width) for width, height in wide))
+
+
+def shape_for(width: int, height: int, resolution: int, aspect: str) -> Shape:
+    """The shape that keeps the most of a picture of this size."""
+    return max(shapes(resolution, aspect), key=lambda shape: shape.keeps(width, height))
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is looked at; of most kinds from the header alone."""
+    with Image.open(path) as image:
+        if image.format == "TIFF":  # Pillow turns these as it decodes them
+            return ImageOps.exif_transpose(image).size
+        if (
+            image.format == "PNG" and "exif" not in image.info
+        ):  # Pillow would decode it, to look for EXIF behind the pixels
+            return image.size
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        return image.size[::-1] if on_its_side else image.size
+
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """One way of seeing a picture: which square of it, and whether mirrored. `crop` 0 is the centre."""
+    """One way of seeing a picture: which part of it, and whether mirrored. `crop` 0 is the centre."""
 
     crop: int = 0
     flipped: bool = False
@@ -25,39 +73,42 @@ class View:
 
 
 def views(crop: str, crops: int, flip: bool) -> list[View]:
-    """The views that training draws from: the centre, or `crops` random squares, each also mirrored if `flip`."""
-    squares = [0] if crop == "center" else [i + 1 for i in range(crops)]
-    return [View(square, flipped) for square in squares for flipped in ((False, True) if flip else (False,))]
+    """The views that training draws from: the centre, or `crops` random parts, each also mirrored if `flip`."""
+    parts = [0] if crop == "center" else [i + 1 for i in range(crops)]
+    return [View(part, flipped) for part in parts for flipped in ((False, True) if flip else (False,))]
 
 
 class Seen(NamedTuple):
-    """A picture as the VAE sees it, float32 (3, resolution, resolution) in −1 … 1, and what SDXL is told of it: height and width before
-    it was resized, top and left of the square in the resized picture, height and width of the square (Podell 2023, arXiv 2307.01952, section 2.2)."""
+    """A picture as the VAE sees it, float32 (3, height, width) in −1 … 1, and what SDXL is told of it: height and width before it was
+    resized, top and left of this part in the resized picture, height and width of this part (Podell 2023, arXiv 2307.01952, section 2.2)."""
 
     pixels: np.ndarray
     sizes: tuple[int, int, int, int, int, int]
 
 
-def look(pair: Pair, resolution: int, view: View, seed: int = 0) -> Seen:
-    """The square, resized picture.
+def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "square") -> Seen:
+    """The picture, resized until it covers its shape, and cut to it.
 
-    EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8, everything converted to RGB. Random squares derive from
+    EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8, everything converted to RGB. Random parts derive from
     (seed, key, view), so they are the same in every run. Raises OSError and Pillow's errors for files that cannot be decoded.
     """
     with Image.open(pair.path) as opened:
         image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
-    scale = resolution / min(image.size)
-    image = image.resize([max(resolution, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    spare = np.array(image.size) - resolution
+    shape = shape_for(width, height, resolution, aspect)
+    scale = max(wanted / side for wanted, side in zip(shape, image.size, strict=True))
+    covering = [max(wanted, round(side * scale)) for wanted, side in zip(shape, image.size, strict=True)]
+    image = image.resize(covering, Image.Resampling.LANCZOS)
+    spare = np.array(image.size) - shape
     at = np.array([0.5, 0.5]) if view.crop == 0 else numpy_rng(seed, "crop", pair.key, view.crop).random(2)
     left, top = (int(v) for v in np.round(spare * at))
-    image = image.crop((left, top, left + resolution, top + resolution))
+    image = image.crop((left, top, left + shape.width, top + shape.height))
     if view.flipped:
         image, left = ImageOps.mirror(image), int(spare[0]) - left
     array = np.asarray(image, dtype=np.float32)
     return Seen(
-        np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1, (height, width, top, left, resolution, resolution)
+        np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1,
+        (height, width, top, left, shape.height, shape.width),
     )
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdclr.config.schema import RunConfig
+from sdclr.data.batches import together
 from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.dataset import Seen, View, look
 from sdclr.data.pairs import Pair, printable
@@ -26,12 +28,12 @@ PACK = 64
 
 @dataclasses.dataclass
 class Encoded:
-    """Latents' mean and spread (images, views, 4, h, w), the pictures' sizes (images, views, 6), and of captions what
+    """Latents' mean and spread, (views, 4, h, w) for each picture, the pictures' sizes (images, views, 6), and of captions what
     `encoders.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (images, tokens)."""
 
     pairs: tuple[Pair, ...]
-    mean: torch.Tensor
-    std: torch.Tensor
+    mean: tuple[torch.Tensor, ...]
+    std: tuple[torch.Tensor, ...]
     sizes: torch.Tensor
     captions: dict[str, torch.Tensor]
 
@@ -62,13 +64,14 @@ class Encoder:
 
     def encode(self, pairs: tuple[Pair, ...], views: list[View]) -> Encoded:
         """All views of all pairs. Raises DataError naming every picture that cannot be decoded."""
-        pictures = self._pictures(pairs, views)
-        stacked = {name: torch.stack([entry[name] for entry in pictures]) for name in ("mean", "std", "sizes")}
-        return Encoded(
-            pairs=pairs,
-            captions=self._captions([pair.caption for pair in pairs]),
-            **{name: tensor.unflatten(0, (len(pairs), len(views))) for name, tensor in stacked.items()},
-        )
+        seen = self._pictures(pairs, views)
+        of_pictures = [seen[first : first + len(views)] for first in range(0, len(seen), len(views))]
+
+        def all_views(name: str) -> tuple[torch.Tensor, ...]:
+            return tuple(torch.stack([entry[name] for entry in entries]) for entries in of_pictures)
+
+        captions = self._captions([pair.caption for pair in pairs])
+        return Encoded(pairs, all_views("mean"), all_views("std"), torch.stack(all_views("sizes")), captions)
 
     @functools.cached_property
     def no_caption(self) -> dict[str, torch.Tensor]:
@@ -86,7 +89,8 @@ class Encoder:
             content = content_hash(pair.path)
             for view in views:
                 place = (c.run.seed, pair.key) if view.crop else ()
-                key = key_of("picture", content, c.data.resolution, view.name, *place, *self.vae_key, self.together)
+                shape = (c.data.resolution, c.data.aspect) if c.data.aspect != "square" else (c.data.resolution,)
+                key = key_of("picture", content, *shape, view.name, *place, *self.vae_key, self.together)
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)
@@ -100,17 +104,20 @@ class Encoder:
         made: dict[str, Entry] = {}
         unwritten: dict[str, Entry] = {}
         broken: dict[Path, str] = {}
+        data = self.config.data
         self.parts.vae.to(self.device)
         with console.progress("encoding pictures", total=len(missing)) as bar:
             for first in range(0, len(missing), self.together):
                 seen: dict[str, Seen] = {}
                 for key, pair, view in missing[first : first + self.together]:
                     try:
-                        seen[key] = look(pair, self.config.data.resolution, view, self.config.run.seed)
+                        seen[key] = look(pair, data.resolution, view, self.config.run.seed, data.aspect)
                     except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
                         broken[pair.path] = first_line(error)
                     bar.advance()
-                unwritten |= zip(seen, self._encode_together(list(seen.values())), strict=True)
+                for group in together(seen.items(), lambda item: item[1].pixels.shape, self.together):
+                    keys, pictures = zip(*group, strict=True)
+                    unwritten |= zip(keys, self._encode_together(pictures), strict=True)
                 if len(unwritten) >= PACK or first + self.together >= len(missing):
                     self.cache.put(unwritten)
                     made |= unwritten
@@ -122,12 +129,10 @@ class Encoder:
             )
         return made
 
-    def _encode_together(self, pictures: list[Seen]) -> list[Entry]:
-        """Entries of up to `together` pictures. A smaller group is filled up with copies: the last bits of a picture's latents
+    def _encode_together(self, pictures: Sequence[Seen]) -> list[Entry]:
+        """Entries of up to `together` pictures of one shape. A smaller group is filled up with copies: the last bits of a picture's latents
         depend on how many are encoded at once, and must not depend on which others happened to be missing."""
-        if not pictures:
-            return []
-        group = pictures + [pictures[-1]] * (self.together - len(pictures))
+        group = [*pictures] + [pictures[-1]] * (self.together - len(pictures))
         pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in group])
         mean, std = encoders.encode_pixels(self.parts.vae, pixels.to(self.device))
         return [

@@ -25,8 +25,9 @@ WARM_UP = 3
 
 def wanted(config: RunConfig, device: torch.device, precision: str) -> bool:
     """Whether a run's step is recorded: by one process on an NVIDIA GPU, where nothing in it is for Python to decide on (an update
-    inside the backward, fp16's loss scale)."""
+    inside the backward, fp16's loss scale), and all pictures are of one shape."""
     decided = config.model.compile == "off" or config.optimizer.fused_backward or precision == "fp16"
+    decided = decided or config.data.aspect != "square"
     return device.type == "cuda" and processes.count() == 1 and not decided
 
 

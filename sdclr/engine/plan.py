@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs as pairs_
 from sdclr.data.batches import Batches
-from sdclr.data.dataset import views
+from sdclr.data.dataset import shape_for, size_of, views
 from sdclr.data.pairs import Pair, Split, printable
 from sdclr.engine.folder import RunFolder, read_json
 from sdclr.errors import ConfigError, InputError
@@ -26,6 +27,8 @@ from sdclr.lr.schedule import Group, Schedule
 
 TWO_FIFTHS = 0.4
 """Of twenty pictures eight are held out in a range test: S* is placed twice as well as by four, at the same cost (README)."""
+MUCH_IS_SEEN = 0.9
+"""Squares that show more than this of the pictures are not worth a word."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +209,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
         "images": images.hexdigest(),
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
+        "aspect": config.data.aspect if config.data.aspect != "square" else None,
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
@@ -358,6 +362,7 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
+    rows[1:1] = _shapes(config, split)
     if config.lora.rank:
         rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:
@@ -376,6 +381,23 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
         ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
     ]
+
+
+def _shapes(config: RunConfig, split: Split) -> list[tuple[str, str]]:
+    """What the pictures are cut to; of squares only where that takes much away."""
+    data = config.data
+    sizes = [size_of(pair.path) for pair in (*split.train, *split.validation)]
+
+    def kept(aspect: str) -> float:
+        return sum(shape_for(*size, data.resolution, aspect).keeps(*size) for size in sizes) / len(sizes)
+
+    if data.aspect == "buckets":
+        counts = Counter(shape_for(*size, data.resolution, data.aspect) for size in sizes)
+        listed = ", ".join(f"{n} of {shape.width}×{shape.height}" for shape, n in counts.most_common())
+        return [("shapes", f"{listed}: {kept('buckets'):.0%} of the pictures is seen")]
+    if kept("square") > MUCH_IS_SEEN:
+        return []
+    return [("shapes", f"squares, which show {kept('square'):.0%} of the pictures; data.aspect: buckets would show {kept('buckets'):.0%}")]  # fmt: skip
 
 
 def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:

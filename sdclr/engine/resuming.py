@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic.fields import FieldInfo
 
 from sdclr.config.kinds import Section
 from sdclr.config.schema import RunConfig
@@ -76,8 +79,10 @@ def refuse_other_mathematics(
     folder: RunFolder, config: RunConfig, plan: Plan, start: Checkpoint, overrides: Sequence[str]
 ) -> None:
     """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values."""
-    unset = {name: f.default.model_dump(mode="json") for name, f in RunConfig.model_fields.items() if isinstance(f.default, Section)}  # fmt: skip
-    before = unset | start.info()["config"]  # which may be older than a section
+    stored = start.info()["config"]
+    before = {
+        name: _defaults(section) | stored.get(name, {}) for name, section in RunConfig.model_fields.items()
+    }  # it may be older than a key
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
     same_rates = _rates_as_used(folder, start.step, plan)
     clashes = []
@@ -109,6 +114,12 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
         clashes.append(f"{place}: its configs or tokenizers are not those that the run was started with")
     if clashes:
         raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
+
+
+def _defaults(section: FieldInfo) -> dict[str, Any]:
+    """What a section's keys stand for where nothing is said."""
+    assert isinstance(section.annotation, type) and issubclass(section.annotation, Section)
+    return section.annotation.model_construct().model_dump(mode="json", warnings=False)
 
 
 def _rates_as_used(folder: RunFolder, step: int, plan: Plan) -> bool:

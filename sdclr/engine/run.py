@@ -18,7 +18,7 @@ from accelerate.utils import AutocastKwargs
 from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
-from sdclr.data.batches import Sample
+from sdclr.data.batches import Sample, together
 from sdclr.data.dataset import View, views
 from sdclr.data.pairs import printable
 from sdclr.engine import graph, optimizers, rounding, sharding
@@ -40,13 +40,15 @@ EARNS_COMPILING = 20 * 60
 
 
 class Prepared(NamedTuple):
-    """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), and what the UNet is
-    told besides (see model.objective.denoise) or, where the text encoder is trained, the captions' `input_ids` (batch, tokens)."""
+    """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), what the UNet is told
+    besides (see model.objective.denoise) or, where the text encoder is trained, the captions' `input_ids` (batch, tokens), and the
+    `share` of its step's mean loss that is its own, in units of what it would be if all of the step's micro-batches were as large."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     told: dict[str, torch.Tensor]
+    share: torch.Tensor
 
 
 class Run:
@@ -210,12 +212,15 @@ class Run:
         return TrainState(self.wrapped, optimizer, in_backward=next(iter(self._in_backward), None))
 
     def batches(self, step: int) -> list[Prepared]:
-        """A step's micro-batches, on their way to the device."""
-        return [self.prepare(samples) for samples in self.inputs.batches(step)]
+        """A step's micro-batches, each of pictures of one shape, on their way to the device."""
+        planned = self.inputs.batches(step)
+        samples = [sample for micro_batch in planned for sample in micro_batch]
+        groups = together(samples, lambda sample: self.train.mean[sample.index].shape, len(planned[0]))
+        return [self.prepare(group, len(group) * len(groups) / len(samples)) for group in groups]
 
-    def prepare(self, samples: Sequence[Sample]) -> Prepared:
-        """Some samples as the loss takes them; every draw derives from the seed and the sample's position."""
-        config, seed, shape = self.config, self.inputs.batches.seed, self.train.mean.shape[2:]
+    def prepare(self, samples: Sequence[Sample], share: float = 1.0) -> Prepared:
+        """Some samples of one shape as the loss takes them; every draw derives from the seed and the sample's position."""
+        config, seed, shape = self.config, self.inputs.batches.seed, self.train.mean[samples[0].index].shape[1:]
         steps = self.parts.noise_scheduler.config.num_train_timesteps
         index = torch.tensor([s.index for s in samples])
         view = torch.tensor([s.view for s in samples])
@@ -226,17 +231,18 @@ class Run:
         if config.loss.noise_offset:
             shift = torch.stack([torch.randn((shape[0], 1, 1), generator=g) for g in generators])
             noise = offset_noise(noise, shift, config.loss.noise_offset)
-        latents = self.train.mean[index, view] + self.train.std[index, view] * spread
+        mean, std = (torch.stack([of[s.index][s.view] for s in samples]) for of in (self.train.mean, self.train.std))
         dropped = torch.tensor([s.drop_caption for s in samples])
-        return tree_map(self._sent, Prepared(latents, noise, timesteps, self._told(self.train, index, view, dropped)))
+        told = self._told(self.train, index, view, dropped)
+        return tree_map(self._sent, Prepared(mean + std * spread, noise, timesteps, told, torch.tensor(share)))
 
     def loss(self, batch: Prepared) -> torch.Tensor:
-        """Mean training loss of a micro-batch."""
-        per_sample = self._errors(self.denoiser, *batch)
+        """Mean training loss of a micro-batch, times its share."""
+        per_sample = self._errors(self.denoiser, batch)
         gamma = self.config.loss.min_snr_gamma
         if gamma:
             per_sample = per_sample * min_snr_weights(self.parts.noise_scheduler, batch.timesteps, gamma)
-        return per_sample.mean()
+        return per_sample.mean() * batch.share
 
     # Validation -------------------------------------------------------------------------------------------------------------
 
@@ -247,7 +253,7 @@ class Run:
         return fixed_draws(
             keys,
             per_image or self.config.validation.timesteps_per_image,
-            encoded.mean.shape[2:],
+            [mean.shape[1:] for mean in encoded.mean],
             total,
             self.config.run.seed,
         )
@@ -258,8 +264,9 @@ class Run:
         def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             index = torch.tensor(images)
             told = self._told(encoded, index, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool))
-            batch = tree_map(self._sent, Prepared(encoded.mean[index, 0], noise, timesteps, told))
-            return self._errors(self.modules["unet"], *batch)
+            latents = torch.stack([encoded.mean[image][0] for image in images])
+            batch = tree_map(self._sent, Prepared(latents, noise, timesteps, told, torch.ones(())))
+            return self._errors(self.modules["unet"], batch)
 
         return evaluate(list(self.modules.values()), losses_of, draws, self.validation_batch, self.accelerator)
 
@@ -270,10 +277,10 @@ class Run:
 
     # Parts ------------------------------------------------------------------------------------------------------------------
 
-    def _errors(self, unet: Callable[..., Any], latents, noise, timesteps, told) -> torch.Tensor:
-        told = self._with_hidden_states(told)
+    def _errors(self, unet: Callable[..., Any], batch: Prepared) -> torch.Tensor:
+        told, scheduler = self._with_hidden_states(batch.told), self.parts.noise_scheduler
         with self.accelerator.autocast():
-            prediction, target = predict(unet, self.parts.noise_scheduler, latents, noise, timesteps, told)
+            prediction, target = predict(unet, scheduler, batch.latents, batch.noise, batch.timesteps, told)
         return squared_error(prediction, target)
 
     def _told(
@@ -333,7 +340,7 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     device = PartialState().device
     precision = components.mixed_precision(config.model.precision, device)
     if sharding.asked():
-        sharding.refuse_other_ways(config.optimizer.name, config.model.precision, precision, bool(config.lora.rank))
+        sharding.refuse_other_ways(config, precision)
         sharding.let_every_process_load()
     # Each weight is cast once in a forward: a copy that waits for the next use would only lie there, next to all the others.
     accelerator = Accelerator(mixed_precision=precision, kwargs_handlers=[AutocastKwargs(cache_enabled=False)])

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.errors import InputError
 from sdclr.model import adapters
@@ -35,21 +36,27 @@ def asked() -> bool:
     return _set("ACCELERATE_USE_FSDP") and processes.count() > 1
 
 
-def refuse_other_ways(optimizer: str, asked: str, precision: str, lora: bool) -> None:
-    """Raise InputError for what cannot be trained in shares, and for what accelerate's config may ask of FSDP and is not done here."""
+def refuse_other_ways(config: RunConfig, precision: str) -> None:
+    """Raise InputError for what cannot be trained in shares (in the forward's `precision`), and for what accelerate's config may ask of
+    FSDP and is not done here."""
+    optimizer = config.optimizer.name
     if os.environ.get("FSDP_VERSION", "2") != "2":
         raise InputError("accelerate is set up for FSDP 1, and sdclr shards with FSDP 2", hint="set fsdp_version: 2")
     for name, instead in REFUSED.items():
         if _set(name):
             raise InputError(f"accelerate is set up with {name.lower()}, which sdclr does not do", hint=instead)
-    if lora:  # frozen weights in bf16 and trained ones in fp32 do not go into one block
+    if config.lora.rank:  # frozen weights in bf16 and trained ones in fp32 do not go into one block
         raise InputError("a LoRA cannot be trained in shares (FSDP)", hint="start it without --use_fsdp")
     if optimizer in ("adafactor", "adamw8bit"):  # norms over rows, and scales of blocks, that lie in several processes
         raise InputError(f"{optimizer} cannot be trained in shares (FSDP)", hint="set optimizer.name: adamw or sgd")
-    if asked == "full_bf16":  # what is rounded up would depend on how many share it out
+    if config.model.precision == "full_bf16":  # what is rounded up would depend on how many share it out
         raise InputError("full_bf16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
     if precision == "fp16":  # each process would find a loss scale of its own
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
+    if (
+        config.data.aspect == "buckets"
+    ):  # a step has as many forwards as its pictures have shapes, and all must gather as often
+        raise InputError("pictures of many shapes cannot be trained in shares (FSDP)", hint="set data.aspect: square")
 
 
 def let_every_process_load() -> None:

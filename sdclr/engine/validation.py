@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
+from sdclr.data.batches import together
 from sdclr.engine import sharding
 from sdclr.seeding import generator, numpy_rng
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws:
-    """Fixed draws for some images: `index` of the image, `timesteps` and `noise`, ordered image by image; K per image."""
+    """Fixed draws for some images: the timestep and the noise (4, h, w) of each, ordered image by image; K per image."""
 
     keys: tuple[str, ...]
     per_image: int
     timesteps: torch.Tensor
-    noise: torch.Tensor
+    noise: tuple[torch.Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -34,15 +35,22 @@ class Draws:
         """Index of the image that a draw belongs to."""
         return draw // self.per_image
 
+    def batches(self, size: int) -> list[list[int]]:
+        """Draws that are measured together: `size` at most, all of one shape."""
+        return together(range(len(self)), lambda draw: self.noise[draw].shape, size)
 
-def fixed_draws(keys: Sequence[str], per_image: int, latent_shape: Sequence[int], timesteps: int, seed: int) -> Draws:
-    """K stratified draws for each image: t_k = ⌊T·(k + u)/K⌋, ε ~ N(0, I)."""
-    t, noise = [], []
-    for key in keys:
+
+def fixed_draws(
+    keys: Sequence[str], per_image: int, latent_shapes: Sequence[Sequence[int]], timesteps: int, seed: int
+) -> Draws:
+    """K stratified draws for each image, whose latents are of the shape beside its key: t_k = ⌊T·(k + u)/K⌋, ε ~ N(0, I)."""
+    t: list[int] = []
+    noise: list[torch.Tensor] = []
+    for key, shape in zip(keys, latent_shapes, strict=True):
         u = numpy_rng(seed, "validation timestep", key).random(per_image)
         t += [int(timesteps * (k + u[k]) / per_image) for k in range(per_image)]
-        noise.append(torch.randn((per_image, *latent_shape), generator=generator(seed, "validation noise", key)))
-    return Draws(tuple(keys), per_image, torch.tensor(t), torch.cat(noise) if noise else torch.empty(0, *latent_shape))
+        noise += torch.randn((per_image, *shape), generator=generator(seed, "validation noise", key))
+    return Draws(tuple(keys), per_image, torch.tensor(t), tuple(noise))
 
 
 def evaluate(
@@ -58,18 +66,18 @@ def evaluate(
     consumes no random numbers. Batches are always the same, whoever asks: floating point sums depend on their company. With weights in
     shares every process runs as many, some perhaps one whose losses another counts: they are gathered for all at once.
     """
-    count, processes = -(-len(draws) // batch_size), accelerator.num_processes
+    batches, processes = draws.batches(batch_size), accelerator.num_processes
     values = torch.zeros(len(draws), dtype=torch.float64, device=accelerator.device)
     shared = any(map(sharding.is_sharded, modules))  # what is gathered in inference mode could not be trained with
     with evaluation_mode(modules), torch.no_grad() if shared else torch.inference_mode():
-        for first in range(0, count, processes):
+        for first in range(0, len(batches), processes):
             own = first + accelerator.process_index
-            number = min(own, count - 1)
+            number = min(own, len(batches) - 1)
             if number != own and not shared:
                 continue
-            part = slice(number * batch_size, (number + 1) * batch_size)
-            images = [draws.image_of(i) for i in range(len(draws))[part]]
-            losses = losses_of(images, draws.timesteps[part], draws.noise[part]).double()
+            part = batches[number]
+            noise = torch.stack([draws.noise[draw] for draw in part])
+            losses = losses_of([draws.image_of(draw) for draw in part], draws.timesteps[part], noise).double()
             if number == own:
                 values[part] = losses
     return accelerator.reduce(values, reduction="sum").cpu().numpy().reshape(-1, draws.per_image)

@@ -77,7 +77,7 @@ class Judge:
         self.held_out = self.run.held_out
         keys = [f"held-out/{pair.key}" for pair in held]
         total = self.run.parts.noise_scheduler.config.num_train_timesteps
-        self.draws = fixed_draws(keys, JUDGE_DRAWS, self.held_out.mean.shape[2:], total, JUDGE_SEED)
+        self.draws = fixed_draws(keys, JUDGE_DRAWS, [mean.shape[1:] for mean in self.held_out.mean], total, JUDGE_SEED)
 
     def loss(self) -> float:
         """Mean loss of the current weights over the held-out pictures."""

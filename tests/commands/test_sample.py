@@ -99,7 +99,7 @@ def test_columns_are_the_base_the_troughs_in_order_and_the_best_and_rows_every_p
     assert found["columns"][1]["exposure"] == pytest.approx(2e-3)
     assert found["columns"][0]["label"] == "base"
     assert found["rows"] == [{"prompt": p, "seed": s} for p in ("disc", "another disc") for s in (1, 2)]
-    assert found["settings"] == {"negative_prompt": "", "steps": 2, "guidance": 3.0, "resolution": 32}
+    assert found["settings"] == {"negative_prompt": "", "steps": 2, "guidance": 3.0, "resolution": 32, "size": [32, 32]}
     with Image.open(samples(path) / "grid.png") as image:
         assert image.width == 190 + 4 * (128 + 8)
     assert (samples(path) / "index.html").read_text().count("<img") == 1

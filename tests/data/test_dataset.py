@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdclr.data.dataset import View, look, to_rgb, views
+from sdclr.data.dataset import Shape, View, look, shape_for, shapes, size_of, to_rgb, views
 from sdclr.data.pairs import Pair
 
 
@@ -197,3 +197,62 @@ def test_the_views_are_the_centre_or_the_random_squares_each_with_its_mirror(
     crop: str, crops: int, flip: bool, names: list[str]
 ) -> None:
     assert [view.name for view in views(crop, crops, flip)] == names
+
+
+PODELL = """512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 704x1344 768x1344 768x1280
+832x1216 832x1152 896x1152 896x1088 960x1088 960x1024 1024x1024"""
+"""SDXL's own shapes, shorter side first (Podell 2023, arXiv 2307.01952, appendix I)."""
+
+
+def test_buckets_of_sdxls_resolution_are_among_its_own_and_none_of_these_is_far_from_one():
+    table = {tuple(map(int, shape.split("x"))) for shape in PODELL.split()}
+    found = shapes(1024, "buckets")
+    assert {tuple(sorted(shape)) for shape in found} < table
+    assert {Shape(height, width) for width, height in found} == set(found)
+    for short, long in table:
+        assert max(shape.keeps(short, long) for shape in found) > 0.92
+
+
+@pytest.mark.parametrize("resolution", [32, 64, 256, 512, 520, 768, 1024])
+def test_buckets_have_no_more_pixels_than_the_square_and_come_close_to_any_picture(resolution):
+    found = shapes(resolution, "buckets")
+    assert found[0] == (resolution, resolution)
+    step = {32: 8, 64: 8, 256: 32}.get(resolution, 64)
+    assert all(side % step == 0 for shape in found[1:] for side in shape)
+    assert all(resolution**2 / 2 <= shape.width * shape.height <= resolution**2 for shape in found)
+    assert shapes(resolution, "square") == ((resolution, resolution),)
+    worst = min(shape_for(width, 1000, resolution, "buckets").keeps(width, 1000) for width in range(500, 2001))
+    assert worst > (0.77 if resolution == 32 else 0.85)
+
+
+def test_the_shape_of_a_picture_is_the_one_that_leaves_most_of_it_by_brute_force():
+    rng = np.random.default_rng(3)
+    for width, height in rng.integers(100, 2000, (200, 2)).tolist():
+        if max(width, height) > 4 * min(width, height):
+            continue
+
+        def left_over(shape: Shape, width: int = width, height: int = height) -> float:
+            scale = max(shape.width / width, shape.height / height)
+            return shape.width * shape.height / (scale * width * scale * height)
+
+        chosen = shape_for(width, height, 512, "buckets")
+        assert left_over(chosen) == pytest.approx(max(map(left_over, shapes(512, "buckets"))))
+        assert chosen.keeps(width, height) == pytest.approx(left_over(chosen))
+
+
+def test_in_a_bucket_a_picture_is_seen_from_edge_to_edge(tmp_path):
+    wide = blocks([RED, RED, GREEN, GREEN, BLUE, BLUE], [RED, RED, GREEN, GREEN, BLUE, BLUE], side=8)  # 48 × 16
+    wide.save(tmp_path / "a.png")
+    seen_ = look(pair(tmp_path / "a.png"), 32, View(), aspect="buckets")
+    assert np.array_equal(as_bytes(seen_.pixels), np.asarray(wide))
+    assert seen_.sizes == (16, 48, 0, 0, 16, 48)
+
+
+@pytest.mark.parametrize("orientation", CORNERS)
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
+def test_a_header_tells_the_size_that_a_turned_picture_has(tmp_path, orientation, ending):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(tmp_path / f"a.{ending}", exif=exif)
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        assert size_of(tmp_path / f"a.{ending}") == ImageOps.exif_transpose(opened).size

@@ -69,7 +69,10 @@ def test_a_step_ends_with_all_gradients_and_grows_with_the_batch_by_what_the_for
         index = torch.arange(batch) % 8
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             output = run.modules["unet"](
-                run.train.mean[index, 0], index, run.train.captions["encoder_hidden_states"][index], return_dict=False
+                torch.stack([run.train.mean[i][0] for i in index]),
+                index,
+                run.train.captions["encoder_hidden_states"][index],
+                return_dict=False,
             )
         own = {p.data_ptr() for p in run.modules["unet"].parameters()}
         del output

@@ -188,7 +188,7 @@ def test_each_process_measures_its_share_of_the_draws(tmp_path):
             asked.append(len(images))
             return timesteps.float() / 3
 
-        draws = fixed_draws(("a", "b", "c"), 4, (1, 2, 2), 1000, 7)
+        draws = fixed_draws(("a", "b", "c"), 4, [(1, 2, 2)] * 3, 1000, 7)
         found = evaluate([], losses_of, draws, 4, accelerator)
         assert found.tolist() == (draws.timesteps.float() / 3).double().reshape(3, 4).tolist()
         print(asked)

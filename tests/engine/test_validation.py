@@ -11,12 +11,20 @@ import torch
 from accelerate import Accelerator
 
 from sdclr.commands.train import train
-from sdclr.engine.validation import evaluate, evaluation_mode, fixed_draws
+from sdclr.engine.validation import Draws, evaluate, evaluation_mode, fixed_draws
 from sdclr.engine.watch import Watch
 from sdclr.errors import DivergenceError
 from sdclr.report import metrics
 
 KEYS = ["a.png", "b.png", "c.png"]
+
+
+def draws_of(keys: list[str], per_image: int, shape: tuple[int, ...], timesteps: int, seed: int) -> Draws:
+    return fixed_draws(keys, per_image, [shape] * len(keys), timesteps, seed)
+
+
+def noise_of(draws: Draws) -> torch.Tensor:
+    return torch.stack(draws.noise)
 
 
 def weights_of(folder: Path) -> bytes:
@@ -25,33 +33,33 @@ def weights_of(folder: Path) -> bytes:
 
 @pytest.mark.parametrize(("per_image", "timesteps"), [(1, 1000), (4, 1000), (7, 1000), (250, 1000), (8, 10)])
 def test_each_image_has_one_timestep_in_each_stratum(per_image, timesteps):
-    draws = fixed_draws(KEYS, per_image, (4, 2, 2), timesteps, seed=3)
+    draws = draws_of(KEYS, per_image, (4, 2, 2), timesteps, seed=3)
     for k, column in enumerate(draws.timesteps.reshape(len(KEYS), per_image).T.tolist()):
         assert all(int(timesteps * k / per_image) <= t <= timesteps * (k + 1) / per_image for t in column)
         assert all(0 <= t < timesteps for t in column)
 
 
 def test_timesteps_are_spread_over_their_stratum_and_noise_is_standard_normal():
-    draws = fixed_draws([f"{i}.png" for i in range(500)], 4, (4, 2, 2), 1000, seed=3)
+    draws = draws_of([f"{i}.png" for i in range(500)], 4, (4, 2, 2), 1000, seed=3)
     first = draws.timesteps.reshape(500, 4)[:, 0]
     assert first.float().mean().item() == pytest.approx(124.5, abs=5 * 72 / 500**0.5)
     assert (first.min().item(), first.max().item()) == (pytest.approx(0, abs=5), pytest.approx(249, abs=5))
-    assert draws.noise.shape == (2000, 4, 2, 2)
-    assert draws.noise.mean().item() == pytest.approx(0, abs=5 / 32000**0.5)
-    assert draws.noise.std().item() == pytest.approx(1, abs=5 / 64000**0.5)
+    assert noise_of(draws).shape == (2000, 4, 2, 2)
+    assert noise_of(draws).mean().item() == pytest.approx(0, abs=5 / 32000**0.5)
+    assert noise_of(draws).std().item() == pytest.approx(1, abs=5 / 64000**0.5)
 
 
 def test_another_image_changes_no_other_images_draws():
-    before, after = (fixed_draws(keys, 4, (4, 2, 2), 1000, seed=3) for keys in (KEYS, ["0.png", "aa.png", *KEYS]))
+    before, after = (draws_of(keys, 4, (4, 2, 2), 1000, seed=3) for keys in (KEYS, ["0.png", "aa.png", *KEYS]))
     assert torch.equal(before.timesteps, after.timesteps[8:])
-    assert torch.equal(before.noise, after.noise[8:])
+    assert torch.equal(noise_of(before), noise_of(after)[8:])
 
 
 def test_another_seed_gives_other_draws_and_images_differ():
-    draws, others = (fixed_draws(KEYS, 4, (4, 2, 2), 1000, seed=seed) for seed in (3, 4))
-    assert not torch.equal(draws.noise, others.noise)
+    draws, others = (draws_of(KEYS, 4, (4, 2, 2), 1000, seed=seed) for seed in (3, 4))
+    assert not torch.equal(noise_of(draws), noise_of(others))
     assert not torch.equal(draws.timesteps, others.timesteps)
-    assert not torch.equal(draws.noise[:4], draws.noise[4:8])
+    assert not torch.equal(noise_of(draws)[:4], noise_of(draws)[4:8])
 
 
 def test_one_model_measured_twice_gives_the_same_bits(run):
@@ -69,8 +77,8 @@ def test_losses_are_the_mean_squared_errors_of_diffusers_own_calls(run):
     expected = []
     with torch.no_grad():
         for i in range(len(draws)):
-            image, t, noise = draws.image_of(i), draws.timesteps[i : i + 1], draws.noise[i : i + 1]
-            noisy = run.parts.noise_scheduler.add_noise(held.mean[image, :1], noise, t)
+            image, t, noise = draws.image_of(i), draws.timesteps[i : i + 1], draws.noise[i][None]
+            noisy = run.parts.noise_scheduler.add_noise(held.mean[image][:1], noise, t)
             prediction = run.parts.unet(
                 noisy, t, encoder_hidden_states=held.captions["encoder_hidden_states"][image : image + 1]
             ).sample
@@ -99,7 +107,7 @@ def test_measuring_changes_neither_weights_nor_gradients(run):
 
 
 def test_batches_are_always_the_same_and_cover_every_draw_once_in_order():
-    draws, calls = fixed_draws(KEYS, 3, (1,), 1000, seed=3), []
+    draws, calls = draws_of(KEYS, 3, (1,), 1000, seed=3), []
 
     def losses_of(images, timesteps, noise):
         calls.append((images, timesteps.tolist()))

@@ -94,7 +94,7 @@ def test_the_loss_is_the_mean_of_diffusers_own_calls_and_a_dropped_caption_is_wh
         g = generator(run.config.run.seed, "sample", each.position)
         t = torch.randint(1000, (1,), generator=g)
         noise, spread = (torch.randn(1, 4, SIDE // 4, SIDE // 4, generator=g) for _ in range(2))
-        latents = run.train.mean[each.index, each.view] + run.train.std[each.index, each.view] * spread
+        latents = run.train.mean[each.index][each.view] + run.train.std[each.index][each.view] * spread
         caption = run.train.pairs[each.index].caption
         hidden, no_hidden, summary, no_summary = pipeline.encode_prompt(caption, device="cpu")  # type: ignore[union-attr]
         if each.drop_caption:
