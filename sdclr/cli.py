@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 from sdclr import __version__
 from sdclr.engine import processes
-from sdclr.errors import Interrupted, SdclrError
+from sdclr.errors import SdclrError, Terminated
 
 TOGETHER = ("range-test", "train")
 """The commands that several processes can do together; every other one would write the same files twice."""
@@ -41,17 +41,17 @@ class _Boundary(TyperGroup):
             return result
         except SdclrError as problem:
             _end(problem, problem.exit_code)
-        except KeyboardInterrupt:
-            _end(SdclrError("interrupted; what was finished has been kept"), 130)
+        except KeyboardInterrupt as stop:
+            number = stop.signal_number if isinstance(stop, Terminated) else signal.SIGINT
+            what = "stopped by SIGTERM" if number == signal.SIGTERM else "interrupted"
+            _end(SdclrError(f"{what}; what was finished has been kept"), 128 + number)
         except BrokenPipeError:
             # Nobody reads on: give Python's last flush somewhere to go.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(141)
-        except OSError as problem:
-            if problem.errno not in UNREACHABLE:
-                raise
-            _end(SdclrError(f"{problem.filename}: {problem.strerror}"), 2)
         except Exception as problem:
+            if isinstance(problem, OSError) and problem.errno in UNREACHABLE:
+                _end(SdclrError(f"{problem.filename}: {problem.strerror}"), 2)
             from sdclr.engine import fit  # not at the top: --help has no use for it
 
             full = fit.out_of_memory(problem)
@@ -71,7 +71,7 @@ def _sigterm_told() -> Iterator[None]:
         return
 
     def heard(number: int, frame: Any) -> NoReturn:
-        raise Interrupted("stopped by SIGTERM; what was finished has been kept", number)
+        raise Terminated(number)
 
     before = signal.signal(signal.SIGTERM, heard)
     try:

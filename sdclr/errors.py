@@ -1,6 +1,7 @@
 """What can go wrong for a user, as exceptions that say what happened, what to do next, and how the program exits.
 
-Exit codes: 0 done, 1 the run failed, 2 the config or the input is wrong, 3 inconclusive, 130/143 interrupted after saving.
+Exit codes: 0 done, 1 the run failed, 2 the config or the input is wrong, 3 inconclusive, 130/143 interrupted after saving, 141 when
+whoever reads the output has gone.
 """
 
 from __future__ import annotations
@@ -64,6 +65,14 @@ class Interrupted(SdclrError):
     def __init__(self, message: str, signal_number: int, hint: str | None = None):
         super().__init__(message, hint)
         self.exit_code = 128 + signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal that ends the program where it is. No Exception: whoever takes any of these for a damaged file must not take this."""
+
+    def __init__(self, signal_number: int):
+        super().__init__()
+        self.signal_number = signal_number
 
 
 class Inconclusive(SdclrError):

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from sdclr.config import source
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.plan import describe, make_plan, read_inputs
-from sdclr.errors import ConfigError, InputError
+from sdclr.engine.plan import NoRangeTest, describe, make_plan, read_inputs
 from sdclr.report import console
 
 
@@ -19,12 +18,8 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
     plan, missing = None, None
     try:
         plan = make_plan(loaded, inputs)
-    except InputError as problem:
-        if (
-            need_plan
-            or isinstance(problem, ConfigError)
-            or (loaded.config.schedule.max_lr != "auto" and loaded.config.train.steps != "auto")
-        ):
+    except NoRangeTest as problem:
+        if need_plan:
             raise
         missing = problem
         read_inputs(loaded, measuring=True)  # what is missing can be measured
@@ -44,6 +39,6 @@ def _check_pictures_and_model(loaded: source.LoadedConfig, inputs) -> None:
     from sdclr.engine.run import Run
     from sdclr.model import adapters
 
-    run = Run(loaded.config, inputs)
+    run = Run(loaded.config, inputs, keep_base=False)
     trained = sum(p.numel() for module in run.modules.values() for p in adapters.trained(module))
     console.say(f"model: {run.parts.described()}; {trained:,} weights are trained")

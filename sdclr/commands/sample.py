@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdclr.config import source
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
+from sdclr.data.pairs import printable
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.engine.plan import another_base, model_fingerprint, model_settings
-from sdclr.errors import InputError
+from sdclr.errors import DataError, InputError, first_line
 from sdclr.report import console, figures, page
 
 MAX_COLUMNS = 8
@@ -50,6 +51,8 @@ def sample(
         columns += [_column(path, None) for path in checkpoints]
     else:
         for folder in folders:
+            if folder != config.folder and not folder.is_dir():
+                raise InputError(f"{folder}: there is no such run")
             columns += _columns_of_run(folder, folder.name if len(folders) > 1 else None)
     if len(columns) == 1:
         raise InputError(
@@ -138,8 +141,6 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
 
     found = available(folder / "checkpoints")
     if not found:
-        if not folder.is_dir():
-            raise InputError(f"{folder}: there is no such run")
         return []
     troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
     others = [*[c for c in found if c.kind == AVERAGE][-1:], *[c for c in found if c.kind == BEST][-1:]]
@@ -197,9 +198,6 @@ def _scored(
     name: str,
 ) -> list[dict[str, Any]]:
     """For each column likeness to the training images, obedience to the prompts and variety between the seeds."""
-    from PIL import ImageOps
-
-    from sdclr.data.dataset import to_rgb
     from sdclr.engine.plan import read_inputs
     from sdclr.engine.run import make_accelerator
     from sdclr.model.scores import Judge, scores
@@ -209,7 +207,7 @@ def _scored(
     prompts = list(config.sample.prompts)
     with console.progress("scoring", len(columns)) as bar:
         paths = [pair.path for pair in read_inputs(loaded).split.train]
-        training = judge.pictures(to_rgb(ImageOps.exif_transpose(Image.open(path))) for path in paths)
+        training = judge.pictures(map(_upright, paths))
         texts = judge.texts(prompts)
         found = []
         for c in range(len(columns)):
@@ -219,6 +217,15 @@ def _scored(
             found.append({measure: dataclasses.asdict(value) for measure, value in values.items()})
             bar.advance()
     return found
+
+
+def _upright(path: Path) -> Image.Image:
+    from sdclr.data.dataset import to_rgb
+
+    try:
+        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
+    except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
+        raise DataError([f"{printable(path)}: cannot be decoded: {first_line(error)}"]) from None
 
 
 SCORE_HEADER = ("state", "likeness to the training images", "obedience to the prompt", "variety between seeds")

@@ -36,26 +36,27 @@ def train(
     inputs = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(loaded.config.folder)
 
-    def opened() -> Checkpoint | None:
-        """Where the run goes on from, once everything that speaks against starting it has been looked for."""
+    def planned() -> tuple[Plan, Checkpoint | None]:
+        """The plan, and where the run goes on from, once everything that speaks against starting it has been looked for."""
         from sdclr.engine import resuming
 
-        start = resuming.resume_point(folder, checkpoint, loaded.typed) if resume else None
-        if start:
-            resuming.refuse_other_mathematics(folder, config, plan, start, overrides)
-            resuming.refuse_other_inputs(start, config, inputs)
-        else:
+        if not resume:
+            plan, start = make_plan(loaded, inputs), None
             resuming.refuse_to_overwrite(folder, loaded.typed)
-        write_text(folder.config, source.dump(config))
-        return start
+        else:
+            start = resuming.resume_point(folder, checkpoint, loaded.typed)
+            plan = resuming.plan_again(loaded, inputs, start)
+            resuming.refuse_other_mathematics(folder, resolved(loaded.config, plan), plan, start, overrides)
+            resuming.refuse_other_inputs(start, loaded.config, inputs)
+        write_text(folder.config, source.dump(resolved(loaded.config, plan)))
+        return plan, start
 
     with together.held_by_main(folder.locked("train")):
-        plan = make_plan(loaded, inputs)
+        plan, start = together.on_main(planned)
         config = resolved(loaded.config, plan)
-        start = together.on_main(opened)
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
         config = settle_memory(config, inputs)
-        session = Session(config, plan, folder, inputs)
+        session = Session(config, plan, folder, inputs, start.step if start else 0)
         session.train(start, loaded.typed)
         session.finish()
     console.result(str(folder.final))
@@ -76,14 +77,15 @@ def resolved(config: RunConfig, plan: Plan) -> RunConfig:
 class Session:
     """One training run in progress: what it trains, what it watches, what it writes."""
 
-    def __init__(self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs):
+    def __init__(self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs, done: int = 0):
+        """Of the plan's steps so many are `done`."""
         from sdclr.engine.run import Run
         from sdclr.engine.watch import Watch
 
         self.config, self.plan, self.folder = config, plan, folder
         self.run = Run(config, inputs, keep_base=False)
         self.processes = self.run.processes
-        self.run.compile_for(plan.steps)  # tries a step out, which must not train what comes next
+        self.run.compile_for(plan.steps - done)  # tries a step out, which must not train what comes next
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
         self.fingerprint = fingerprint(config, inputs)
@@ -154,13 +156,13 @@ class Session:
         self.processes.on_main(lambda: self._write_up(trained, averaged))
 
     def _write_up(self, trained: dict[str, dict[str, Any]], averaged: str) -> None:
+        from sdclr.engine.checkpoint import TROUGH, available
         from sdclr.report import figures, page  # now, not earlier: 30 MB that training has no use for
 
         records = metrics.complete(metrics.read(self.folder.metrics))
+        kept = [trough.step for trough in available(self.folder.checkpoints, (TROUGH,))]
         write_text(self.folder.path / "metrics.csv", metrics.as_csv(records))
-        picture = figures.training(
-            records, f"{self.config.run.name}: {self.plan.schedule.policy}", sorted(self.troughs)
-        )
+        picture = figures.training(records, f"{self.config.run.name}: {self.plan.schedule.policy}", kept)
         write_bytes(self.folder.path / "training.png", picture)
         sections: list[dict[str, Any]] = [
             {"title": "Curves", "picture": picture},

@@ -49,7 +49,7 @@ class RunSection(Section):
     def _name_is_a_folder_name(cls, name: str) -> str:
         if not re.fullmatch(r"[\w][\w.@+-]*", name):
             raise problem(
-                f"must be a plain folder name (letters, digits, . _ - + @, not starting with a dot or dash); got {name!r}"
+                f"must be a plain folder name (letters, digits, . _ - + @, the first a letter, digit or _); got {name!r}"
             )
         return name
 
@@ -262,7 +262,7 @@ class RangeTestSection(Section):
         description="exposure at which arms are compared, as a share of the best one (at most the reference arm's)",
     )
     lr: tuple[Rate, Rate] | None = Field(
-        None, description="[lowest, highest] rate to try, instead of the screen's choice"
+        None, description="[lowest, highest] rate to try: the screen, which finds the top, goes no further"
     )
     fraction: Annotated[float, Field(gt=0, lt=1)] | Literal["auto"] = Field(
         "auto",

@@ -81,7 +81,11 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path, text: str, found: list[str]) -> list[_Row]:
     reader = csv.reader(io.StringIO(text, newline=""))
-    header = [name.strip() for name in next(reader, [])]
+    try:
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as problem:
+        found.append(f"{path}:1: is not CSV: {problem}")
+        return []
     missing = [name for name in COLUMNS if name not in header]
     doubled = [name for name in (*COLUMNS, "image") if header.count(name) > 1]
     if missing or doubled:

@@ -157,6 +157,8 @@ class Bench:
                 self.heard(f"{name}: step {result.step}, lr {result.lr:.2g}")
                 if not due(result.step, result.exposure) and result.step < most:
                     continue
+                if result.exposure <= (points[-1][1] if points else 0.0):
+                    continue  # in fp16 a step whose gradient overflowed moves nothing: there is nothing new to measure yet
                 self._pause()
                 losses = self._measure()
                 if not np.isfinite(losses).all():
@@ -203,6 +205,8 @@ class Bench:
             return None
         arrays = {k: np.array(stored[k], dtype=float) for k in ("steps", "exposure", "losses", "rates")}
         arrays["losses"] = arrays["losses"].reshape(-1, len(self.draws.keys), self.draws.per_image)
+        if not (np.diff(arrays["exposure"], prepend=0.0) > 0).all():
+            return None
         arm = Measured(stored["name"], stored["lr"], base=self.base(), diverged=stored["diverged"], **arrays)
         same_rates = all(rate == lr_at(step) for step, rate in enumerate(arm.rates))
         ended = arm.diverged or len(arm.rates) >= self.config.range_test.max_steps or (len(arm.steps) and enough(arm))

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SHARE = 0.9
 """Of the free memory that what is chosen here fills: kernels take some for themselves, and other programs live here too."""
 GIB = 2**30
+IN_RAM = "in RAM"
 
 
 def settle_batch(loaded: LoadedConfig, resume: bool = False) -> LoadedConfig:
@@ -47,43 +48,66 @@ def with_size(config: RunConfig, size: int) -> RunConfig:
 def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> RunConfig:
     """Say in one line what the run will need, and whether it fits; a warning when it does not. With `gradient_checkpointing: auto` it is
     turned on in the config returned, if the run might not fit without in one of the processes."""
-    from sdclr.engine import sharding
-
     together = processes.Processes(inputs.batches.rank, inputs.batches.processes)
-    size, images, held_out = (
-        inputs.batches.size // together.count,
-        len(inputs.split.train),
-        len(inputs.split.validation),
-    )
-    in_shares = sharding.asked()
-
-    def counted(config: RunConfig) -> tuple[Needs, int, str]:
-        needs, free, where = _needs(config, images, held_out, keeps_base, only=size)
-        if together.count > 1:
-            needs = needs.shared(together.count) if in_shares else needs.side_by_side()
-        return needs, free, where
-
-    needs, free, where = counted(config)
-    by_need = config.model.gradient_checkpointing == "auto" and needs.at(size) > SHARE * free
-    by_need = bool(together.agree(int(by_need)))
+    foretold = _foretell(config, inputs, keeps_base)
+    might_not_fit = config.model.gradient_checkpointing == "auto" and foretold.need > SHARE * foretold.free
+    by_need = bool(together.agree(int(might_not_fit)))
     if by_need:
         config = _checkpointed(config)
-        needs, free, where = counted(config)
-    need = needs.at(size)
-    what = {**needs.parts, "gradients and activations": needs.working(size)}
-    parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= need / 100)
-    text = f"memory: {'about ' * in_shares}{_shown(need)} of {_shown(free)} free {where} ({parts})"
-    text += ", with gradient checkpointing" * by_need
-    if need <= free:
-        console.say(text + ", without which it might not fit" * by_need)
+        foretold = _foretell(config, inputs, keeps_base)
+    text = foretold.in_words()
+    if by_need:
+        text += ", with gradient checkpointing"
+    if foretold.need <= foretold.free:
+        console.say(f"{text}, without which it might not fit" if by_need else text)
         return config
-    smaller = 0 if in_shares else _needs(config, images, held_out, keeps_base)[0].largest(free, size - 1)
+    smaller = _foretell(config, inputs, keeps_base, every_size=True).largest()
     ways = [f"batch.size: {smaller}"] if smaller else []
-    ways += _ways_to_need_less(config, in_shares)
-    if needs.recorded:
+    ways += _ways_to_need_less(config, foretold.in_shares)
+    if foretold.needs.recorded:
         ways.append("model.compile: off")
     console.warn(f"{text}: it will not fit; try {' or '.join(ways) or 'a machine with more'}")
     return config
+
+
+@dataclasses.dataclass(frozen=True)
+class _Foretold:
+    """What each of so many processes needs, with `size` pictures of a batch, and what it may take, in bytes."""
+
+    needs: Needs
+    free: int
+    where: str
+    size: int
+    processes: int
+    in_shares: bool
+
+    @property
+    def need(self) -> int:
+        return self.needs.at(self.size)
+
+    def largest(self) -> int:
+        """The largest batch of all processes together below this one that fits; 0 if there is none, or it cannot be told."""
+        return 0 if self.in_shares else self.needs.largest(self.free, self.size - 1) * self.processes
+
+    def in_words(self) -> str:
+        what = {**self.needs.parts, "gradients and activations": self.needs.working(self.size)}
+        parts = ", ".join(f"{name} {_shown(value)}" for name, value in what.items() if value >= self.need / 100)
+        about = "about " if self.in_shares else ""
+        return f"memory: {about}{_shown(self.need)} of {_shown(self.free)} free {self.where} ({parts})"
+
+
+def _foretell(config: RunConfig, inputs: Inputs, keeps_base: bool, every_size: bool = False) -> _Foretold:
+    """Counted for the run's own batch size alone, which is faster, or for every one."""
+    from sdclr.engine import sharding
+
+    count, in_shares, split = inputs.batches.processes, sharding.asked(), inputs.split
+    size = inputs.batches.size // count
+    needs, free, where = _needs(config, len(split.train), len(split.validation), keeps_base, None if every_size else size)  # fmt: skip
+    if count > 1:
+        needs = needs.shared(count) if in_shares else needs.side_by_side()
+        if where == IN_RAM:  # which all processes of a machine take from
+            free, where = free // processes.on_this_machine(), f"{IN_RAM} for each process"
+    return _Foretold(needs, free, where, size, count, in_shares)
 
 
 def out_of_memory(problem: BaseException) -> SdclrError | None:
@@ -174,7 +198,7 @@ def _needs(
     from sdclr.engine import memory
 
     device = PartialState().device
-    where = "on the GPU" if device.type == "cuda" else "in RAM"
+    where = "on the GPU" if device.type == "cuda" else IN_RAM
     return memory.count(config, images, held_out, device, keeps_base, only), memory.available(device), where
 
 

@@ -64,6 +64,10 @@ class Plan:
         return self.exposure / self.best_exposure if self.best_exposure else None
 
 
+class NoRangeTest(InputError):
+    """The config leaves to a range test what none that fits can say."""
+
+
 def read_inputs(
     loaded: LoadedConfig, rank: int = 0, processes: int = 1, fold: int = 0, measuring: bool = False
 ) -> Inputs:
@@ -125,13 +129,15 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
     max_lr = config.schedule.max_lr
     if max_lr == "auto" or config.train.steps == "auto":
         if measured is None:
-            raise InputError(_no_range_test(config, inputs), hint=f"measure it first: sdclr range-test {loaded.typed}")
+            raise NoRangeTest(_no_range_test(config, inputs), hint=f"measure it first: sdclr range-test {loaded.typed}")
         if measured[1]["verdict"] != "conclusive":
-            raise InputError(
-                f"{measured[0]}: the newest fitting range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",
+            raise NoRangeTest(
+                f"{measured[0]}: the range test was inconclusive, so schedule.max_lr and train.steps cannot follow from it",
                 hint="see its reasons and remedies there, or set schedule.max_lr and train.steps yourself",
             )
-    best = (measured[1]["best_exposure"] or {}).get("value") if measured else None
+    if measured and measured[1]["verdict"] != "conclusive":
+        measured = None  # the config says all that it might have said, and its S* is not to be relied on
+    best = measured[1]["best_exposure"]["value"] if measured else None
     peak = peak_below(measured[1]["ceiling"]["lr"]) if measured and max_lr == "auto" else float(max_lr)
     steps = _steps(config, per_epoch, peak, best)
     if steps > MAX_STEPS:
@@ -161,7 +167,7 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
     s = config.schedule
     if max_lr <= s.base_lr:  # a peak that was given is above: the schema saw to it
         raise InputError(
-            f"schedule.base_lr is {s.base_lr:.3g}, and schedule.max_lr: auto is {max_lr:.3g}, half of the ceiling",
+            f"schedule.base_lr is {s.base_lr:.3g}, and half of the ceiling that was measured is {max_lr:.3g}",
             hint="lower schedule.base_lr, or set schedule.max_lr yourself",
         )
     groups = tuple(Group(g.cycles, g.scale) for g in s.groups or ())
@@ -184,10 +190,10 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
 
 
 def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
-    """The newest range test whose fingerprint fits: this run's own first, then those of the other runs beside it."""
+    """A range test whose fingerprint fits: a conclusive one if there is any, this run's own before the newest of the runs beside it."""
     ours = fingerprint(config, inputs)
     fitting = [(path, result) for path, result in _range_tests(config) if not _differing(result, ours)]
-    return fitting[0] if fitting else None
+    return next((f for f in fitting if f[1]["verdict"] == "conclusive"), next(iter(fitting), None))
 
 
 def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
@@ -371,12 +377,13 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
     shape = s.policy
     if s.half_cycle:
         shape += f", {s.cycles:.4g} cycles of {2 * s.half_cycle:.4g} steps, starting {s.start}"
+    lowest = f"{s.base_lr:.3g} to " if s.policy != "constant" else ""
     kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
     return [
         *rows,
         ("steps", f"{plan.steps} ({plan.steps / b.steps_per_epoch:.4g} epochs)"),
         ("schedule", shape),
-        ("learning rate", f"{s.base_lr:.3g} to {s.max_lr:.3g}; the last step is at {s(plan.steps - 1):.3g}"),
+        ("learning rate", f"{lowest}{s.max_lr:.3g}; the last step is at {s(plan.steps - 1):.3g}"),
         ("exposure", f"{plan.exposure:.3g}{kappa}"),
         ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
         ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),

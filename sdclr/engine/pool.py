@@ -7,6 +7,7 @@ losses are laid side by side; with `range_test.seeds` every split is trained sev
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -90,10 +91,15 @@ def make_pool(run: Run, loaded: LoadedConfig, folder: Path, *options: Any) -> Po
 
 
 def pooled(arms: Sequence[Sequence[Measured]]) -> Measured:
-    """One arm from those of several splits (rows) and seeds: images of all splits, losses averaged over seeds, up to where all have points."""
+    """One arm from those of several splits (rows) and seeds: images of all splits, losses averaged over seeds, at the steps at which all
+    were measured."""
     flat = [arm for row in arms for arm in row]
-    count = min(len(arm.losses) for arm in flat)
-    losses = np.concatenate([np.mean([arm.losses[:count] for arm in row], axis=0) for row in arms], axis=1)
+    steps = functools.reduce(np.intersect1d, (arm.steps for arm in flat))
+
+    def at_steps(arm: Measured, values: np.ndarray) -> np.ndarray:
+        return values[np.isin(arm.steps, steps)]
+
+    losses = np.concatenate([np.mean([at_steps(arm, arm.losses) for arm in row], axis=0) for row in arms], axis=1)
     base = np.concatenate([row[0].base for row in arms])
-    first: dict[str, Any] = {"steps": flat[0].steps[:count], "exposure": flat[0].exposure[:count], "losses": losses}
+    first: dict[str, Any] = {"steps": steps, "exposure": at_steps(flat[0], flat[0].exposure), "losses": losses}
     return dataclasses.replace(flat[0], **first, base=base, diverged=any(arm.diverged for arm in flat))

@@ -32,6 +32,12 @@ def count() -> int:
     return max([1, *(int(value) for value in given if value.isdigit())])
 
 
+def on_this_machine() -> int:
+    """How many of them share this machine: as torch's launchers say, else all."""
+    local = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(local) if local.isdigit() and int(local) else count()
+
+
 def refuse_several(what: str) -> None:
     """Raise InputError if `what`, which several processes would do over one another, was started in several."""
     if count() > 1:

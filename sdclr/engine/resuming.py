@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from sdclr.config.kinds import Section
+from sdclr.config.kinds import Section, Span
 from sdclr.config.schema import RunConfig
+from sdclr.config.source import LoadedConfig
 from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
 from sdclr.engine.folder import RunFolder
-from sdclr.engine.plan import Inputs, Plan, changed, fingerprint
+from sdclr.engine.plan import Inputs, NoRangeTest, Plan, changed, fingerprint, make_plan
 from sdclr.errors import CheckpointError, InputError
 from sdclr.report import console, metrics
 
@@ -59,6 +61,25 @@ def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoin
             f"{folder.checkpoints}: holds no checkpoint to resume from", hint=f"start it: sdclr train {typed}"
         )
     return found
+
+
+def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> Plan:
+    """The plan of a run that goes on from `start`. Where no range test says any more what `auto` is, it stays what the run began with."""
+    try:
+        return make_plan(loaded, inputs)
+    except NoRangeTest as problem:
+        info, config = start.info(), loaded.config
+        max_lr, steps = info["config"]["schedule"]["max_lr"], info["config"]["train"]["steps"]
+        first_line = problem.message.splitlines()[0]
+        console.warn(f"{first_line}; the run goes on with what it began with: schedule.max_lr {max_lr:.3g}, train.steps {steps}")  # fmt: skip
+        schedule, train = config.schedule, config.train
+        if schedule.max_lr == "auto":
+            schedule = schedule.model_copy(update={"max_lr": max_lr})
+        if train.steps == "auto":
+            train = train.model_copy(update={"steps": Span(value=steps, unit="steps")})
+        begun = config.model_copy(update={"schedule": schedule, "train": train})
+        plan = make_plan(dataclasses.replace(loaded, config=begun), inputs)
+        return dataclasses.replace(plan, best_exposure=info["exposure"] / info["kappa"] if info.get("kappa") else None)
 
 
 def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:

@@ -8,11 +8,11 @@ from types import FrameType
 from typing import Any
 
 from sdclr.engine import processes
-from sdclr.errors import Interrupted
+from sdclr.errors import Interrupted, Terminated
 
 
 class StopRequest:
-    """While the block runs, the first SIGINT or SIGTERM only sets `requested`; the second raises KeyboardInterrupt."""
+    """While the block runs, the first SIGINT or SIGTERM only sets `requested`; the second raises Terminated."""
 
     def __init__(self) -> None:
         self.requested: int = 0
@@ -42,5 +42,5 @@ class StopRequest:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
-            raise KeyboardInterrupt
+            raise Terminated(number)
         self.requested = number

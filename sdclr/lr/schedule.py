@@ -34,7 +34,7 @@ class Schedule:
     """A fully resolved schedule; call it with a step (0-based) to get the learning rate.
 
     `step_size` is half a cycle in optimizer steps and may be fractional (a run of 100 steps in 3 cycles); `steps` is the length of
-    the run, which only `linear` needs to know.
+    the run, which of the policies only `linear` needs to know. Groups scale a cycle's height, on top of what its policy does to it.
     """
 
     policy: str
@@ -64,11 +64,12 @@ class Schedule:
         return self.base_lr + (self.max_lr - self.base_lr) * rise * (1 - step / self.steps)
 
     def _scale(self, step: int, phase: float) -> float:
+        scale = _group_scale(self.groups, step / (2 * self.step_size))
         if self.policy == "triangular2":
-            return 0.5 ** math.floor(phase)
+            return scale * 0.5 ** math.floor(phase)
         if self.policy == "exp_range":
-            return self.gamma**step
-        return _group_scale(self.groups, step / (2 * self.step_size))
+            return scale * self.gamma**step
+        return scale
 
     def rates(self) -> np.ndarray:
         """The learning rate of every step of the run, shape (steps,)."""

@@ -30,7 +30,7 @@ LOG_WIDTH = 160
 def say(text: str = "", style: str | None = None) -> None:
     """A line of talk, to stderr."""
     if not (quiet or muted):
-        console.print(escape(text), style=style)
+        console.print(escape(text), style=style, soft_wrap=True)
 
 
 def warn(text: str) -> None:

@@ -87,16 +87,9 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
         some = [a for a in arms if a["verdict"] == verdict]
         if some:
             lrs, values = [a["lr"] for a in some], np.clip([a["excess"] for a in some], -clip, clip)
-            ends = np.array(
-                [
-                    [
-                        max(-clip, a["low"] or -clip) if a["low"] is not None else -clip,
-                        min(clip, a["high"]) if a["high"] is not None else clip,
-                    ]
-                    for a in some
-                ]
-            )
-            axes.vlines(lrs, ends[:, 0], ends[:, 1], color=colour, lw=1.6, alpha=0.7)
+            low = [-clip if a["low"] is None else max(-clip, a["low"]) for a in some]
+            high = [clip if a["high"] is None else min(clip, a["high"]) for a in some]
+            axes.vlines(lrs, low, high, color=colour, lw=1.6, alpha=0.7)
             axes.plot(lrs, values, marker, color=colour, ms=8, label=verdict, zorder=3)
     axes.axhline(tolerance, color=MUTED, lw=1.2, ls="--", label=f"tolerance {tolerance:.0%}")
     axes.axhline(0, color=MUTED, lw=1)
@@ -107,7 +100,7 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
         axes.axvline(ceiling["lr"], color=PALETTE[0], lw=1.6, label=f"ceiling {ceiling['lr']:.1e}")
     axes.set(
         xscale="log",
-        ylim=(-clip * 0.55, clip * 1.06),
+        ylim=(min([-clip * 0.55, *(1.15 * max(-clip, a["excess"]) for a in arms)]), clip * 1.06),
         xlabel="learning rate",
         ylabel="excess, share of the gain",
         title=title,
