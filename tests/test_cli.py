@@ -238,3 +238,21 @@ def test_init_makes_a_sound_config_for_a_folder_of_any_name(sdclr: Program, tmp_
     assert found.returncode == 0, found.stderr
     (tmp_path / "run.yaml").write_text(found.stdout)
     assert load(tmp_path / "run.yaml").config.data.images == folder
+
+
+@pytest.mark.parametrize("moment", ["PIL.Image.open", "sdclr.engine.encoding.look"])
+def test_a_sigterm_while_pictures_are_read_is_no_damaged_picture(config, moment: str) -> None:
+    place, _, name = moment.rpartition(".")
+    code = (
+        "import os, signal, sys\n"
+        f"import {place} as where\n"
+        f"real = where.{name}\n"
+        f"where.{name} = lambda *a, **m: [os.kill(os.getpid(), signal.SIGTERM), real(*a, **m)][1]\n"
+        f"sys.argv = ['sdclr', 'train', {str(config())!r}]\n"
+        "from sdclr.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 143
+    assert "stopped by SIGTERM; what was finished has been kept" in done.stderr
+    assert "damaged" not in done.stderr and "cannot" not in done.stderr

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -24,19 +23,19 @@ import numpy as np
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.engine import processes
+from sdclr.engine.answer import as_answer, refuse_inconclusive, tell, with_run
 from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import Inputs, describe, fingerprint, make_schedule, peak_below, read_inputs, steps_to_exposure
+from sdclr.engine.plan import Inputs, describe, fingerprint, read_inputs
 from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
+from sdclr.lr.measured import Measured, at_steps
 from sdclr.lr.paired import half_width
 from sdclr.lr.schedule import exponential_ramp, linear_ramp
 from sdclr.report import console, explain, figures, page
-from sdclr.report.metrics import SCHEMA
 
 if TYPE_CHECKING:
-    from sdclr.engine.arms import Measured
     from sdclr.engine.pool import Pool
     from sdclr.engine.signals import StopRequest
 
@@ -91,16 +90,16 @@ def range_test(
             findings = measure(bench, config.range_test)
         result = as_result(findings, bench, config, trained)
         together.on_main(lambda: _write(folder, bench, result, config))
-    _print(result, as_json, folder)
+    tell(result, as_json)
+    report = folder.range_test / "report.html"
+    console.say(f"{folder.range_test / 'result.json'}" + (f"; its page: {report}" if report.is_file() else ""))
     if at_length:
         console.paragraphs(explain.range_test(result))
     if stop.heard_by_any(together):
         raise stop.interrupted(
             "the range test reported what its finished arms support", f"sdclr range-test {loaded.typed}"
         )
-    if result["verdict"] != "conclusive":
-        texts = "; ".join(r["text"] for r in result["reasons"])
-        raise Inconclusive(f"the range test cannot say: {texts}", hint=result["reasons"][0]["remedy"])
+    refuse_inconclusive(result, "the range test")
 
 
 @dataclasses.dataclass
@@ -155,39 +154,33 @@ def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
         rise = arm.rises[-1]
         return bool(rise.mean() > max(half_width(rise) / 2, (BROKEN - 1) * arm.base.mean()))
 
-    ramp = bench.arm(
-        "screen",
-        high,
-        exponential_ramp(low, high, steps),
-        lambda a: broken(a) or len(a.rates) >= steps,
-        lambda step, s: step % 2 == 0 or step >= steps,
-    )
+    def next_point(arm: Measured) -> int | None:
+        if arm.last_step >= steps or (arm.last_step and broken(arm)):
+            return None
+        return min(arm.last_step + 2, steps)
+
+    ramp = bench.arm("screen", high, exponential_ramp(low, high, steps), next_point)
     lowest = float(ramp.exposure[int(np.argmin(ramp.means))]) if len(ramp.losses) else float(ramp.rates[-1])
     return float(ramp.rates[-1]), lowest
 
 
 def reference(bench: Pool, lr: float) -> Measured:
     """The slow arm that the others are compared with, run until two measurements in succession show that its loss has levelled off."""
-    threshold = FIRST * lr
 
-    def due(step: int, exposure: float) -> bool:
-        nonlocal threshold
-        if step == 1:
-            threshold = FIRST * lr
-        return exposure >= threshold * (1 - 1e-9)
-
-    def enough(arm: Measured) -> bool:
-        nonlocal threshold
+    def next_point(arm: Measured) -> int | None:
+        if not arm.last_step:
+            return FIRST
         reached, base = float(arm.exposure[-1]), arm.base.mean(axis=1)
-        threshold = WIDER * reached
-        if len(arm.exposure) < LEAST_POINTS:
-            return False
-        threshold = min(threshold, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
-        before = arm.upto(float(arm.exposure[-2]))
-        levelled_off = has_passed_best(base, arm.arm()) and has_passed_best(base, before.arm())
-        return levelled_off and bool(arm.steps[-1] >= LEAST_STEPS)
+        wanted = WIDER * reached
+        if len(arm.exposure) >= LEAST_POINTS:
+            wanted = min(wanted, max(PAST * least_exposure(base, arm.arm()), CLOSER * reached))
+            before = arm.upto(float(arm.exposure[-2]))
+            levelled_off = has_passed_best(base, arm.arm()) and has_passed_best(base, before.arm())
+            if levelled_off and arm.last_step >= LEAST_STEPS:
+                return None
+        return arm.last_step + math.ceil((wanted - reached) / lr * (1 - 1e-9))
 
-    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, enough, due)
+    return bench.arm(f"reference-{lr:.3e}", lr, lambda step: lr, next_point)
 
 
 def _slow_down(bench: Pool, found: Findings, lr: float, target: float, settings: RangeTestSection) -> float:
@@ -198,9 +191,7 @@ def _slow_down(bench: Pool, found: Findings, lr: float, target: float, settings:
     assert found.longest is not None
     last = math.ceil(target / lr - 1e-9)
     points = {max(1, round(last / WIDER**i)) for i in range(LEAST_POINTS)}
-    slow = bench.arm(
-        f"reference-{lr:.3e}-{last}", lr, lambda step: lr, lambda a: a.steps[-1] >= last, lambda step, s: step in points
-    )
+    slow = bench.arm(f"reference-{lr:.3e}-{last}", lr, lambda step: lr, at_steps(points))
     if not len(slow.exposure):
         return target
     target = min(target, float(slow.exposure[-1]))
@@ -256,18 +247,15 @@ def _arm(bench: Pool, lr: float, target: float) -> Measured:
     Halfway and later, one that is surely worse than the untouched model is given up: it is inadmissible, however it goes on.
     """
     last = max(1, math.ceil(target / lr - 1e-9))
-    points = {max(1, round(share * last)) for share in CLOSING_SHARES}
+    following = at_steps({max(1, round(share * last)) for share in CLOSING_SHARES})
 
     def lost(arm: Measured) -> bool:
-        return bool(arm.steps[-1] >= last / 2 and arm.rises[-1].mean() > half_width(arm.rises[-1]))
+        return bool(arm.last_step and arm.last_step >= last / 2 and arm.rises[-1].mean() > half_width(arm.rises[-1]))
 
-    return bench.arm(
-        f"arm-{lr:.3e}-{last}",
-        lr,
-        lambda step: lr,
-        lambda a: a.steps[-1] >= last or lost(a),
-        lambda step, s: step in points or step >= last,
-    )
+    def next_point(arm: Measured) -> int | None:
+        return None if lost(arm) else following(arm)
+
+    return bench.arm(f"arm-{lr:.3e}-{last}", lr, lambda step: lr, next_point)
 
 
 def _legacy(bench: Pool, kind: str, stop: StopRequest, typed: str) -> str:
@@ -285,7 +273,7 @@ def legacy_ramp(bench: Pool, kind: str, steps: int = 200) -> str:
     top, _ = screen(bench, bench.config.range_test)
     low, steps = top / 1000, max(2, min(steps, bench.config.range_test.max_steps))
     ramp = linear_ramp(0.0, top, steps) if kind == "linear" else exponential_ramp(low, top, steps)
-    arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, lambda a: len(a.rates) >= steps, lambda step, s: step % 5 == 0)
+    arm = bench.arm(f"legacy-{kind}-{steps}", top, ramp, at_steps({*range(5, steps, 5), steps}))
     if not len(arm.steps):
         raise Inconclusive(
             f"the ramp to {top:.3g} diverged before its first measurement", hint="set range_test.lr lower"
@@ -322,37 +310,22 @@ def _bounds(found: Findings, settings: RangeTestSection) -> Bounds:
 
 def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """result.json: the analysis of whatever was measured. `inputs` are training's, for which a run is recommended."""
-    settings = config.range_test
     bounds = Bounds(None, None, None, (), ())
     if found.longest is not None and len(found.longest.exposure):
-        bounds = _bounds(found, settings)
+        bounds = _bounds(found, config.range_test)
     elif found.reference is not None:
         lower = "set the grid by hand, from lower rates: range_test.lr"
-        bounds = dataclasses.replace(
-            bounds,
-            reasons=(Reason("diverged", f"training diverged at the lowest rate, {found.reference.lr:.3g}", lower),),
-        )
+        diverged = Reason("diverged", f"training diverged at the lowest rate, {found.reference.lr:.3g}", lower)
+        bounds = dataclasses.replace(bounds, reasons=(diverged,))
     reasons = list(bounds.reasons)
     if found.stopped:
         again = "run it again: it goes on from its finished arms"
         reasons = [Reason("stopped", "the test was stopped before its last arm", again)]
-    ceiling, best, gain = bounds.ceiling, bounds.best_exposure, bounds.gain
-    conclusive = ceiling is not None and best is not None and not reasons
-    return {
-        "verdict": "conclusive" if conclusive else "inconclusive",
-        "reasons": [dataclasses.asdict(r) for r in reasons],
-        "ceiling": {"lr": ceiling.value, "bracket": [ceiling.low, ceiling.high]} if ceiling else None,
-        "best_exposure": {"value": best.value, "interval": [best.low, best.high], "lr": found.longest.lr}
-        if best and found.longest
-        else None,
-        "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(found.base))}
-        if gain and found.base is not None
-        else None,
-        "recommended": recommend(config, inputs, ceiling.value, best.value)
-        if conclusive and ceiling and best
-        else None,
-        "reference": {"lr": found.reference.lr, "steps": len(found.reference.rates)} if found.reference else None,
-        "arms": [_arm_record(verdict, found.arms) for verdict in bounds.arms],
+    measured = [arm for arm in (*found.arms, found.reference) if arm]
+    base = found.base.mean(axis=1) if found.base is not None else np.empty(0)
+    reference, longest = (arm.arm() if arm else None for arm in (found.reference, found.longest))
+    answer = as_answer(bounds, reasons, base, reference, longest, {arm.lr: len(arm.rates) for arm in measured})
+    return with_run(answer, config, inputs) | {
         "cost": {
             "train_steps": bench.train_steps,
             "validation_forwards": bench.forwards,
@@ -362,53 +335,18 @@ def as_result(found: Findings, bench: Pool, config: RunConfig, inputs: Inputs) -
     }
 
 
-def recommend(config: RunConfig, inputs: Inputs, ceiling: float, best: float) -> dict[str, Any] | None:
-    """The schedule's bounds and length: peaks at half the ceiling, and as many steps as collect κ·S*.
-
-    None, with a warning, when the config's schedule cannot have them: what was measured must not be lost over it.
-    """
-    peak, per_epoch = peak_below(ceiling), inputs.steps_per_epoch
-    try:
-        steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * best)
-        schedule = make_schedule(config, per_epoch, steps, peak)
-    except InputError as problem:
-        console.warn(f"no run follows from the answer: {problem.message}\n  {problem.hint}")
-        return None
-    cycles = schedule.cycles if schedule.half_cycle else None
-    return {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": peak, "steps": steps, "cycles": cycles}
-
-
-def _arm_record(verdict: ArmVerdict, arms: Sequence[Measured]) -> dict[str, Any]:
-    steps = next(len(a.rates) for a in arms if a.lr == verdict.lr)
-    numbers = {key: getattr(verdict, key) for key in ("excess", "low", "high", "ragged")}
-    finite = {key: value if math.isfinite(value) else None for key, value in numbers.items()}
-    return {
-        "lr": verdict.lr,
-        "steps": steps,
-        **finite,
-        "per_image": list(verdict.per_image),
-        "verdict": verdict.verdict,
-    }
-
-
 def _write(folder: RunFolder, bench: Pool, result: dict[str, Any], config: RunConfig) -> None:
-    """result.json, and the picture and the page if there is a curve to show."""
+    """result.json, and the picture and the page if there is a curve to show; those of an earlier answer do not outlive it."""
     write_json(folder.range_test / "result.json", result)
     curves = [
         (a.lr, a.exposure, a.losses.mean(axis=2)) for a in bench.finished.values() if a.name not in ("base", "screen")
     ]
     curves = [curve for curve in curves if len(curve[1])]
+    pictured = (folder.range_test / "range_test.png", folder.range_test / "report.html")
     if not curves:
+        for path in pictured:
+            path.unlink(missing_ok=True)
         return
     picture = figures.range_test(float(bench.base().mean()), curves, result, config.range_test.tolerance)
-    write_bytes(folder.range_test / "range_test.png", picture)
-    write_text(folder.range_test / "report.html", page.range_test(config.run.name, result, picture))
-
-
-def _print(result: dict[str, Any], as_json: bool, folder: RunFolder) -> None:
-    console.table(page.arm_rows(result), page.ARM_HEADER, title="arms, at equal exposure, as shares of the gain")
-    if as_json:
-        console.result(json.dumps({"schema": SCHEMA, **result}, allow_nan=False))
-    elif result["verdict"] == "conclusive":
-        console.result(page.answer(result))
-    console.say(f"{folder.range_test / 'result.json'}; report.html and range_test.png are beside it")
+    write_bytes(pictured[0], picture)
+    write_text(pictured[1], page.range_test(config.run.name, result, picture))

@@ -7,7 +7,6 @@ the range test would have compared it.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,17 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from sdclr.commands.range_test import recommend
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection
 from sdclr.data import curves as curves_
 from sdclr.data.curves import Curves
+from sdclr.engine.answer import as_answer, refuse_inconclusive, tell, with_run
 from sdclr.engine.fit import settle_batch
 from sdclr.engine.plan import read_inputs
-from sdclr.errors import DataError, Inconclusive
-from sdclr.lr.bounds import Arm, ArmVerdict, Bounds, analyse, has_passed_best, least_exposure
-from sdclr.report import console, page
-from sdclr.report.metrics import SCHEMA, finite
+from sdclr.errors import DataError
+from sdclr.lr.bounds import Arm, Bounds, analyse, has_passed_best, least_exposure
+from sdclr.report import console
 
 
 def range_test_from(
@@ -40,33 +38,18 @@ def range_test_from(
     settings = loaded.config.range_test if loaded else RangeTestSection()
     if len(curves.images) == 1:
         console.warn(f"{path}: shows one image (or an average), so how much images differ cannot be told")
-    result = as_result(curves, settings)
-    if loaded and result["verdict"] == "conclusive":
-        values = result["ceiling"]["lr"], result["best_exposure"]["value"]
-        result["recommended"] = recommend(loaded.config, read_inputs(settle_batch(loaded)), *values)
-    _print(result, as_json)
-    if result["verdict"] != "conclusive":
-        texts = "; ".join(reason["text"] for reason in result["reasons"])
-        raise Inconclusive(f"the curves cannot say: {texts}", hint=result["reasons"][0]["remedy"])
+    answer = as_result(curves, settings)
+    if loaded:
+        answer = with_run(answer, loaded.config, read_inputs(settle_batch(loaded)))
+    tell(answer, as_json)
+    refuse_inconclusive(answer, "the curves")
 
 
 def as_result(curves: Curves, settings: RangeTestSection) -> dict[str, Any]:
-    """As result.json of a range test, without cost and fingerprint."""
+    """As result.json of a range test, without the run that follows, cost and fingerprint."""
     bounds, reference = judge_curves(curves, settings)
-    ceiling, best, gain = bounds.ceiling, bounds.best_exposure, bounds.gain
     steps = {arm.lr: round(float(arm.exposure[-1]) / arm.lr) for arm in curves.arms if len(arm.exposure)}
-    record = {
-        "verdict": "conclusive" if ceiling and best and not bounds.reasons else "inconclusive",
-        "reasons": [dataclasses.asdict(reason) for reason in bounds.reasons],
-        "ceiling": {"lr": ceiling.value, "bracket": [ceiling.low, ceiling.high]} if ceiling else None,
-        "best_exposure": {"value": best.value, "interval": [best.low, best.high], "lr": reference.lr} if best else None,
-        "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(curves.base))} if gain else None,
-        "recommended": None,
-        "reference": {"lr": reference.lr, "steps": steps[reference.lr]},
-        "arms": [_record(arm, steps.get(arm.lr, 0)) for arm in bounds.arms],
-    }
-    plain: dict[str, Any] = finite(record)
-    return plain
+    return as_answer(bounds, bounds.reasons, curves.base, reference, reference, steps)
 
 
 def judge_curves(curves: Curves, settings: RangeTestSection) -> tuple[Bounds, Arm]:
@@ -89,16 +72,3 @@ def _upto(arm: Arm, target: float) -> Arm:
     keep = max(1, int(np.sum(arm.exposure <= target * (1 + 1e-9))))
     cut = keep < len(arm.exposure) or arm.exposure[-1] >= target
     return Arm(arm.lr, arm.exposure[:keep], arm.losses[:keep], arm.diverged and not cut)
-
-
-def _record(arm: ArmVerdict, steps: int) -> dict[str, Any]:
-    values = dataclasses.asdict(arm)
-    return {"lr": values.pop("lr"), "steps": steps, **values, "per_image": list(arm.per_image)}
-
-
-def _print(result: dict[str, Any], as_json: bool) -> None:
-    console.table(page.arm_rows(result), page.ARM_HEADER, title="arms, at equal exposure, as shares of the gain")
-    if as_json:
-        console.result(json.dumps({"schema": SCHEMA, **result}, allow_nan=False))
-    elif result["verdict"] == "conclusive":
-        console.result(page.answer(result))

@@ -103,7 +103,9 @@ def dump_value(value: Any) -> str:
         value = str(value)
     if isinstance(value, tuple):
         value = list(value)
-    return yaml.dump([value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10_000).strip()[1:-1]
+    return yaml.dump(
+        [value], Dumper=_Dumper, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10_000
+    ).strip()[1:-1]
 
 
 class _Dumper(yaml.SafeDumper):

@@ -19,54 +19,11 @@ from sdclr.engine.plan import fingerprint
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
 from sdclr.errors import DivergenceError, InputError
-from sdclr.lr.bounds import Arm
+from sdclr.lr.measured import Measured, NextPoint
 
 
 class OutOfTime(Exception):
     """The time allowed has passed, or the user asked to stop, between two measurements."""
-
-
-@dataclasses.dataclass
-class Measured:
-    """An arm as it was run: the rate of every step, and at each measured point the steps done, the exposure, and the losses of
-    every draw (points, images, K); `base` are the untouched model's (images, K)."""
-
-    name: str
-    lr: float
-    steps: np.ndarray
-    exposure: np.ndarray
-    losses: np.ndarray
-    rates: np.ndarray
-    base: np.ndarray
-    diverged: bool = False
-
-    @property
-    def rises(self) -> np.ndarray:
-        """By how much each image's loss exceeds the untouched model's, (points, images)."""
-        rises: np.ndarray = (self.losses - self.base).mean(axis=2)
-        return rises
-
-    @property
-    def means(self) -> np.ndarray:
-        """Mean loss at each point, (points,)."""
-        return self.losses.mean(axis=(1, 2))
-
-    def arm(self) -> Arm:
-        """For the analysis: losses averaged over draws."""
-        return Arm(self.lr, self.exposure, self.losses.mean(axis=2), self.diverged)
-
-    def upto(self, exposure: float) -> Measured:
-        """The arm as it would be, had it ended at some exposure; what became of it afterwards does not count."""
-        keep = self.exposure <= exposure * (1 + 1e-9)
-        steps = self.steps[keep]
-        return dataclasses.replace(
-            self,
-            steps=steps,
-            exposure=self.exposure[keep],
-            losses=self.losses[keep],
-            rates=self.rates[: int(steps[-1])] if len(steps) else self.rates[:0],
-            diverged=self.diverged and not (self.exposure >= exposure * (1 - 1e-9)).any(),
-        )
 
 
 class Bench:
@@ -109,22 +66,21 @@ class Bench:
         name: str,
         lr: float,
         lr_at: Callable[[int], float],
-        enough: Callable[[Measured], bool],
-        due: Callable[[int, float], bool] = lambda steps, exposure: True,
+        next_point: NextPoint,
     ) -> Measured:
-        """Train from the untouched weights until `enough(arm so far)`, measuring when `due(steps, exposure)`.
+        """Train from the untouched weights, measuring at each step that `next_point(arm so far)` names next, until it names none.
 
         A finished arm is read from disk instead, unless these rates or this end would have made it another. Raises OutOfTime
         between measurements.
         """
         self.base()
         if name not in self.finished:
-            arm = self.run.processes.on_main(lambda: self._load(name, lr_at, enough))
+            arm = self.run.processes.on_main(lambda: self._load(name, lr_at, next_point))
             if arm:
                 self.train_steps += len(arm.rates)
                 self.forwards += arm.losses.size
             else:
-                arm = ran = self._run(name, lr, lr_at, enough, due)
+                arm = ran = self._run(name, lr, lr_at, next_point)
                 self.run.processes.on_main(lambda: self._save(ran))
             self.finished[name] = arm
         return self.finished[name]
@@ -134,13 +90,13 @@ class Bench:
         name: str,
         lr: float,
         lr_at: Callable[[int], float],
-        enough: Callable[[Measured], bool],
-        due: Callable[[int, float], bool],
+        next_point: NextPoint,
     ) -> Measured:
         run, most = self.run, self.config.range_test.max_steps
         rates: list[float] = []
         points: list[tuple[int, float, np.ndarray]] = []
         diverged = False
+        wanted = next_point(self._gathered(name, lr, points, rates))
         steps = optimizer_steps(
             run.fresh_state(),
             run.batches,
@@ -155,7 +111,7 @@ class Bench:
                 self.train_steps += 1
                 rates.append(result.lr)
                 self.heard(f"{name}: step {result.step}, lr {result.lr:.2g}")
-                if not due(result.step, result.exposure) and result.step < most:
+                if wanted is not None and result.step < min(wanted, most):
                     continue
                 if result.exposure <= (points[-1][1] if points else 0.0):
                     continue  # in fp16 a step whose gradient overflowed moves nothing: there is nothing new to measure yet
@@ -165,7 +121,8 @@ class Bench:
                     diverged = True
                     break
                 points.append((result.step, result.exposure, losses))
-                if enough(self._gathered(name, lr, points, rates)):
+                wanted = next_point(self._gathered(name, lr, points, rates))
+                if wanted is None:
                     break
         except DivergenceError:
             diverged = True
@@ -196,7 +153,7 @@ class Bench:
             json.dumps([prints, self.draws.keys, self.run.inputs.batches.seed, self.draws.per_image], sort_keys=True)
         )
 
-    def _load(self, name: str, lr_at: Callable[[int], float], enough: Callable[[Measured], bool]) -> Measured | None:
+    def _load(self, name: str, lr_at: Callable[[int], float], next_point: NextPoint) -> Measured | None:
         try:
             stored = read_json(self.folder / f"{name}.json", sealed=True)
         except InputError:
@@ -209,7 +166,11 @@ class Bench:
             return None
         arm = Measured(stored["name"], stored["lr"], base=self.base(), diverged=stored["diverged"], **arrays)
         same_rates = all(rate == lr_at(step) for step, rate in enumerate(arm.rates))
-        ended = arm.diverged or len(arm.rates) >= self.config.range_test.max_steps or (len(arm.steps) and enough(arm))
+        ended = (
+            arm.diverged
+            or len(arm.rates) >= self.config.range_test.max_steps
+            or (len(arm.steps) and next_point(arm) is None)
+        )
         return arm if same_rates and ended else None
 
     def _save(self, arm: Measured) -> None:

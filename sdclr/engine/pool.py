@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 
 from sdclr.config.source import LoadedConfig
-from sdclr.engine.arms import Bench, Measured
+from sdclr.engine.arms import Bench
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
+from sdclr.lr.measured import Measured, NextPoint, at_steps
 from sdclr.seeding import derive
 
 
@@ -52,23 +53,17 @@ class Pool:
         name: str,
         lr: float,
         lr_at: Callable[[int], float],
-        enough: Callable[[Measured], bool],
-        due: Callable[[int, float], bool] = lambda steps, exposure: True,
+        next_point: NextPoint,
     ) -> Measured:
         """The arm of every bench, as one. Raises OutOfTime between measurements."""
         if name not in self.finished:
-            first = self.benches[0][0].arm(name, lr, lr_at, enough, due)
-            points = {int(step) for step in first.steps}
-            last = len(first.rates)
+            first = self.benches[0][0].arm(name, lr, lr_at, next_point)
+            followed = at_steps(map(int, first.steps) if len(first.steps) else [len(first.rates)])
 
-            def follow(bench: Bench) -> Measured:
-                return bench.arm(
-                    name, lr, lr_at, lambda a: a.steps[-1] >= max(points, default=last),
-                    lambda step, s: step in points or step >= last,
-                )  # fmt: skip
+            def arm(bench: Bench) -> Measured:
+                return first if bench is self.benches[0][0] else bench.arm(name, lr, lr_at, followed)
 
-            arms = [[first if bench is self.benches[0][0] else follow(bench) for bench in row] for row in self.benches]
-            self.finished[name] = pooled(arms)
+            self.finished[name] = pooled([[arm(bench) for bench in row] for row in self.benches])
         return self.finished[name]
 
 

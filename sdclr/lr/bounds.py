@@ -262,15 +262,12 @@ def _no_gain(base: np.ndarray, gain: Difference) -> list[Reason]:
     if gain.mean > 0 and gain.agreement < 0.75:
         text = f"only {gain.agreement:.0%} of the {gain.images} held-out images gain from training at all"
         return [Reason("no_gain", text, f"check that captions describe the pictures; {more}")]
-    share = gain.mean / float(np.mean(base))
-    interval = f"{gain.low / float(np.mean(base)):+.2%} to {gain.high / float(np.mean(base)):+.2%}"
-    return [
-        Reason(
-            "no_gain",
-            f"the held-out images show no certain gain ({share:+.2%} of the base loss, interval {interval})",
-            more,
-        )
-    ]
+    share, low, high = (value / float(np.mean(base)) for value in (gain.mean, gain.low, gain.high))
+    if gain.images == 1:
+        text = f"one held-out image cannot show whether others gain as well ({share:+.2%} of the base loss)"
+    else:
+        text = f"the held-out images show no certain gain ({share:+.2%} of the base loss, interval {low:+.2%} to {high:+.2%})"
+    return [Reason("no_gain", text, more)]
 
 
 def _low_edge(longest: Arm, best: Estimate) -> list[Reason]:

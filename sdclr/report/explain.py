@@ -10,7 +10,12 @@ Paragraph = tuple[str, str]
 
 
 def range_test(result: dict[str, Any]) -> list[Paragraph]:
-    """What was measured, what exposure is, why the bracket is where it is, and what follows; of result.json alone."""
+    """All that can be said of result.json alone: the answer, or why there is none and what would help."""
+    return [*answer(result), *_no_answer(result)]
+
+
+def answer(result: dict[str, Any]) -> list[Paragraph]:
+    """What was measured, what exposure is, why the bracket is where it is, and what follows."""
     return [*_measured(result), *_exposure(result), *_ceiling(result), *_follows(result)]
 
 
@@ -19,13 +24,17 @@ def _measured(result: dict[str, Any]) -> Iterator[Paragraph]:
     if gain is None:
         return
     share = gain["mean"] / gain["base_loss"]
-    low, high = gain["low"] / gain["base_loss"], gain["high"] / gain["base_loss"]
+    spread = (
+        f"the spread between the pictures leaves {gain['low'] / gain['base_loss']:.1%} to {gain['high'] / gain['base_loss']:.1%} possible (95 %)"
+        if gain["low"] is not None and gain["high"] is not None
+        else "how much pictures differ, one alone cannot tell"
+    )
     yield (
         "What was measured",
         (
             f"{gain['images']} held-out pictures, which no step is trained on, give the untouched model a loss of {gain['base_loss']:.4g}. Every state "
             "of the model is measured on the same noise at the same timesteps, so that two states differ by their training and not by luck. At its best, "
-            f"slow training lowers that loss by {share:.1%}; the spread between the pictures leaves {low:.1%} to {high:.1%} possible (95 %). "
+            f"slow training lowers that loss by {share:.1%}; {spread}."
         ),
     )
 
@@ -79,9 +88,9 @@ def _follows(result: dict[str, Any]) -> Iterator[Paragraph]:
     plan, best = result["recommended"], result["best_exposure"]
     if plan:
         cycles = (
-            f"{plan['cycles']:.3g} cycles between {plan['base_lr']:.2g} and"
+            f"A run of {plan['cycles']:.3g} cycles between {plan['base_lr']:.2g} and"
             if plan["cycles"]
-            else f"{plan['policy']} with its highest rate at"
+            else f"A run that is {plan['policy']}, its highest rate"
         )
         yield (
             "What follows",
@@ -89,5 +98,8 @@ def _follows(result: dict[str, Any]) -> Iterator[Paragraph]:
             f"so many collect κ times the best exposure of {best['value']:.3g} at this schedule's mean rate. Troughs are kept as states to choose from: earlier ones are more "
             "faithful to the base, later ones to the pictures."),
         )  # fmt: skip
+
+
+def _no_answer(result: dict[str, Any]) -> Iterator[Paragraph]:
     for reason in result["reasons"]:
         yield "Why there is no answer", f"{reason['text']}. What would help: {reason['remedy']}."

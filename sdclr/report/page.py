@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment
 
+from sdclr.config.source import dump_value
 from sdclr.report import explain
 
 _PAGE = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string("""<!doctype html>
@@ -52,9 +53,7 @@ def range_test(name: str, result: dict[str, Any], picture: bytes) -> str:
         sections.append({"title": "What follows for a run", "code": snippet(result)})
     text = "Excess: how much worse a rate is than the slow reference after the same exposure, as a share of the gain."
     sections.append({"title": "Arms", "text": text, "header": ARM_HEADER, "rows": arm_rows(result)})
-    sections += [
-        {"title": title, "text": text} for title, text in explain.range_test(result) if "no answer" not in title
-    ]
+    sections += [{"title": title, "text": text} for title, text in explain.answer(result)]
     text = f"{cost['train_steps']} train steps, {cost['validation_forwards']} validation forwards, {cost['seconds']:.0f} seconds"
     sections.append({"title": "Cost", "text": text})
     return render(f"Range test of {name}", range_test_in_words(result), sections)
@@ -76,13 +75,9 @@ def arm_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def snippet(result: dict[str, Any]) -> str:
-    """What follows for a run, as YAML to paste."""
-    rec = result["recommended"]
-    cycles = f", cycles: {rec['cycles']:.4g}" if rec["cycles"] else ""
-    return (
-        f"schedule: {{policy: {rec['policy']}, base_lr: {rec['base_lr']:g}, max_lr: {rec['max_lr']:.3g}{cycles}}}\n"
-        f"train: {{steps: {rec['steps']}}}"
-    )
+    """What follows for a run, as YAML to paste: the config's sections of that name, whole."""
+    sections = result["recommended"]["config"]
+    return "\n".join(f"{name}: {dump_value(section)}" for name, section in sections.items())
 
 
 def answer(result: dict[str, Any]) -> str:

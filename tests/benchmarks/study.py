@@ -49,6 +49,7 @@ from sdclr.data.pairs import Pair, Split  # noqa: E402
 from sdclr.engine.folder import read_json, write_json  # noqa: E402
 from sdclr.engine.plan import Inputs, find_range_test, make_plan, read_inputs  # noqa: E402
 from sdclr.errors import DivergenceError, InputError  # noqa: E402
+from sdclr.lr.measured import at_steps  # noqa: E402
 from sdclr.lr.schedule import Group, Schedule  # noqa: E402
 from sdclr.report import console  # noqa: E402
 
@@ -234,9 +235,7 @@ def run_schedule(bench: Any, name: str, schedule: Schedule, points: set[int]) ->
     """One run from the untouched weights, measured after the steps in `points` and at its end; read from disk if it is there."""
     last = schedule.steps
     text = f"{name}-{key_of(repr(schedule))[:10]}"
-    return bench.arm(
-        text, schedule.max_lr, schedule, lambda a: a.steps[-1] >= last, lambda n, s: n in points or n >= last
-    )
+    return bench.arm(text, schedule.max_lr, schedule, at_steps({*points, last}))
 
 
 # Schedules, and sizes -------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ METHOD = (
     "engine/pool.py",
     "engine/validation.py",
     "lr/bounds.py",
+    "lr/measured.py",
     "lr/paired.py",
     "lr/schedule.py",
 )

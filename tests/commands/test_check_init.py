@@ -160,3 +160,17 @@ def test_init_of_a_folder_that_is_not_there_is_an_input_error(tmp_path):
         init(tmp_path / "nowhere", "owner/model", tmp_path / "run.yaml")
     with pytest.raises(InputError, match="cannot be written"):
         init(None, "owner/model", tmp_path / "nowhere" / "run.yaml")
+
+
+@pytest.mark.parametrize("folder", ["@anna", "+cats", "-.@x", "_mine"])
+def test_init_names_the_run_so_that_check_takes_it(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    init(tmp_path / folder, "base", tmp_path / "run.yaml")
+    assert source.load(tmp_path / "run.yaml").config.run.name == folder.lstrip("-.@+")
+
+
+def test_what_train_would_refuse_is_no_missing_range_test(config):
+    path = config("schedule: {policy: triangular, base_lr: 1.0e-3, cycles: 2}\ntrain: {steps: auto}")
+    range_test_of(path)
+    with pytest.raises(InputError, match="half of the ceiling"):
+        check(path)

@@ -297,3 +297,40 @@ def test_splits_with_several_held_out_images_each_are_measured_as_one(config):
     found = result_of(path)
     assert found["gain"]["images"] == 8
     assert all(len(arm["per_image"]) == 8 for arm in found["arms"] if arm["excess"] is not None)
+
+
+def test_one_held_out_picture_alone_has_no_interval_and_json_says_null(tmp_path, model, pictures, sdclr):
+    from tiny import write_config
+
+    few = tmp_path / "two"
+    few.mkdir()
+    for name in ("picture-00", "picture-01"):
+        for ending in ("png", "txt"):
+            shutil.copy(pictures / f"{name}.{ending}", few)
+    path = write_config(tmp_path / "run.yaml", model, few, tmp_path / "runs", f"{SHORT}\nbatch: {{size: 1}}")
+    done = sdclr("range-test", path, "--json", "--explain")
+    assert done.returncode == 3, done.stderr
+    found = json.loads(done.stdout)
+    assert found["gain"]["low"] is found["gain"]["high"] is None
+    assert "inf" not in done.stderr
+    assert "one alone cannot tell" in " ".join(done.stderr.split())
+
+
+def test_steps_that_fp16_skips_give_no_point_and_no_traceback(config, monkeypatch):
+    """Stands for a loss scale that is still too high: the first steps, and some later ones, move nothing."""
+    from sdclr.engine import arms
+    from sdclr.engine.loop import optimizer_steps
+
+    def skipping(state, batches, add_gradients, lr_at, until, accelerator, norm=None):
+        exposure = 0.0
+        for done in optimizer_steps(state, batches, add_gradients, lr_at, until, accelerator, norm):
+            if done.step > 2 and done.step % 4:
+                exposure += done.lr
+            yield dataclasses.replace(done, exposure=exposure)
+
+    monkeypatch.setattr(arms, "optimizer_steps", skipping)
+    path = config(SHORT)
+    run(path)
+    for stored in (path.parent / "runs" / "tiny" / "range-test" / "arms").glob("*.json"):
+        exposure = read_json(stored)["exposure"] if stored.stem != "base" else [1.0]
+        assert all(b > a for a, b in zip([0.0, *exposure], exposure, strict=False))

@@ -176,3 +176,10 @@ def test_a_file_that_is_missing_or_no_text_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_arguments_that_do_not_go_together_are_refused(sdclr: Program, arguments: list[str]) -> None:
     assert sdclr(*arguments).returncode == 2
+
+
+def test_a_first_line_that_is_no_csv_is_named(tmp_path: Path, sdclr: Program) -> None:
+    (tmp_path / "c.csv").write_text("x" * 200_000 + "\n1,2,3\n")
+    found = sdclr("range-test", "--from", tmp_path / "c.csv")
+    assert found.returncode == 2
+    assert "c.csv:1: is not CSV: field larger than field limit" in found.stderr

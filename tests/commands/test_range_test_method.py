@@ -9,6 +9,7 @@ from sdclr.commands import range_test
 from sdclr.config.schema import RangeTestSection
 from sdclr.engine.pool import Pool
 from sdclr.lr.bounds import analyse
+from sdclr.lr.measured import Measured
 
 
 class Formula:
@@ -29,21 +30,16 @@ class Formula:
     def base(self) -> np.ndarray:
         return self.losses(0.0, 0.0)
 
-    def arm(self, name, lr, lr_at, enough, due=lambda steps, exposure: True):
-        from sdclr.engine.arms import Measured
-
-        rates, points, exposure = [], [], 0.0
-        while True:
-            rates.append(lr_at(len(rates)))
-            self.steps += 1
-            exposure += rates[-1]
-            if not due(len(rates), exposure):
-                continue
-            points.append((len(rates), exposure, self.losses(exposure, rates[-1])))
-            steps, exposures, losses = (np.array(column) for column in zip(*points))
-            arm = Measured(name, lr, steps, exposures, losses, np.array(rates), self.base())
-            if enough(arm):
-                return arm
+    def arm(self, name, lr, lr_at, next_point):
+        none = np.empty(0)
+        arm = Measured(name, lr, none, none, np.empty((0, 5, 2)), none, self.base())
+        while (wanted := next_point(arm)) is not None:
+            rates = np.array([lr_at(step) for step in range(wanted)])
+            self.steps += wanted - len(arm.rates)
+            steps, exposures = np.append(arm.steps, wanted), np.append(arm.exposure, rates.sum())
+            losses = np.concatenate([arm.losses, self.losses(exposures[-1], rates[-1])[None]])
+            arm = Measured(name, lr, steps, exposures, losses, rates, self.base())
+        return arm
 
 
 WITHIN_2_PERCENT = (1 - np.sqrt(1 - 0.98**2)) / 0.98
@@ -117,11 +113,14 @@ def test_a_slower_reference_is_judged_on_all_splits_and_seeds_together(layout):
 
 def test_a_slower_reference_that_cannot_go_so_far_shortens_the_comparison():
     class Short(Formula):
-        def arm(self, name, lr, lr_at, enough, due=lambda steps, exposure: True):
+        def arm(self, name, lr, lr_at, next_point):
             most = 60 if name.count("-") > 2 else 10_000
-            return super().arm(
-                name, lr, lr_at, lambda a: enough(a) or a.steps[-1] >= most, lambda n, s: due(n, s) or n >= most
-            )
+
+            def sooner(arm):
+                wanted = next_point(arm)
+                return None if wanted is None or arm.last_step >= most else min(wanted, most)
+
+            return super().arm(name, lr, lr_at, sooner)
 
     found = range_test.measure(Short(), RangeTestSection())
     assert found.longest.lr > found.reference.lr

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine.checkpoint import available, verify
+from sdclr.engine.plan import fingerprint, read_inputs
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
 from sdclr.report import figures, metrics
 
@@ -536,3 +537,28 @@ def test_trying_a_compiled_step_out_trains_nothing(config, monkeypatch):
     runs = config().parent / "runs"
     one, other = (load_file(runs / name / "final" / "unet" / "diffusion_pytorch_model.safetensors") for name in ("off", "on"))  # fmt: skip
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_run_whose_range_test_can_no_longer_say_goes_on_with_what_it_began_with(config, monkeypatch, capsys):
+    path = config(
+        "schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto}\ncheckpoint: {every: 2, keep_last: 9}"
+    )
+    loaded = source.load(path)
+    folder = runs(path) / "range-test"
+    folder.mkdir(parents=True)
+    result = {
+        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 2e-3, "interval": [1e-3, 3e-3]},
+        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+    }  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(result))
+    train(path, ["run.name=whole"])
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        train(path)
+    (folder / "result.json").write_text(json.dumps(result | {"verdict": "inconclusive", "best_exposure": None}))
+    train(path, resume=True)
+    assert "the run goes on with what it began with: schedule.max_lr 0.0005, train.steps 8" in capsys.readouterr().err
+    assert tensors(runs(path) / "final") == tensors(runs(path, "whole") / "final")
+    assert sorted(c.path.name for c in available(runs(path) / "checkpoints", ("trough",))) == sorted(
+        c.path.name for c in available(runs(path, "whole") / "checkpoints", ("trough",))
+    )

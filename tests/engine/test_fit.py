@@ -123,3 +123,21 @@ def test_a_batch_that_only_fits_with_checkpointing_is_found(config, monkeypatch)
     assert size_of(path) == 4  # nine tenths of 50, in tens
     with pytest.raises(ConfigError, match="not even one picture fits"):
         settle_batch(source.load(path, ["model.gradient_checkpointing=false"]))
+
+
+def test_of_several_processes_the_batch_advised_is_all_of_theirs_and_each_has_its_part_of_the_memory(
+    config, monkeypatch, capsys
+):
+    def needs(config, *_, **__):
+        moments = memory.Moments(np.array([0]), np.array([100]))
+        return memory.Needs({"weights": 10}, 10, moments, None, 0, 0), 700, fit.IN_RAM
+
+    monkeypatch.setattr(fit, "_needs", needs)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sdclr.engine.processes.Processes.agree", lambda self, value: value)
+    loaded = source.load(config("batch: {size: 8}"), ["model.gradient_checkpointing=false"])
+    settle_memory(loaded.config, read_inputs(loaded, 0, 2))
+    # Each: 350 free, 10 of weights, 10 exchanged, 100 a picture: four pictures do not fit, three do.
+    said = " ".join(capsys.readouterr().err.split())
+    assert "free in RAM for each process" in said
+    assert "it will not fit; try batch.size: 6" in said

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from sdclr.commands.range_test import recommend
 from sdclr.config.source import LoadedConfig, load
+from sdclr.engine.answer import with_run
 from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
 from sdclr.errors import ConfigError, DataError, InputError
 
@@ -176,12 +177,15 @@ def test_an_exposure_that_the_schedule_never_collects_is_an_input_error(
 def test_a_measured_peak_below_the_troughs_is_an_input_error(write: Write) -> None:
     loaded = write(schedule="{policy: triangular, base_lr: 2e-3, cycles: 4}", train="{steps: auto}")
     save_range_test(loaded)
-    assert "base_lr is 0.002, and schedule.max_lr: auto is 0.0005" in problem(lambda: plan_of(loaded), InputError)
+    assert "base_lr is 0.002, and half of the ceiling that was measured is 0.0005" in problem(
+        lambda: plan_of(loaded), InputError
+    )
 
 
 def test_a_range_test_whose_schedule_cannot_follow_keeps_its_answer(write: Write, capsys) -> None:
     loaded = write(schedule="{policy: triangular, base_lr: 2e-3, cycles: 4}")
-    assert recommend(loaded.config, read_inputs(loaded), 1e-3, 0.02) is None
+    answer = {"verdict": "conclusive", "ceiling": {"lr": 1e-3}, "best_exposure": {"value": 0.02}, "recommended": None}
+    assert with_run(answer, loaded.config, read_inputs(loaded)) == answer
     assert "no run follows" in capsys.readouterr().err
 
 
@@ -353,3 +357,48 @@ def test_changed_lists_every_dotted_key_that_differs() -> None:
     found = changed(before, after)
     assert found == [("a.y", [1, 2], [1, 3]), ("b", 3, 4), ("gone", 1, None), ("c", None, {"d": 5})]
     assert changed(before, before) == []
+
+
+SCHEDULES = [
+    "{policy: triangular, cycles: 4}",
+    "{policy: triangular, cycles: 3.5, start: peak}",
+    "{policy: triangular, step_size: 10 epochs}",
+    "{policy: triangular, groups: [{cycles: 3}, {cycles: 2, scale: 0.5}], base_lr: 1.0e-5}",
+    "{policy: exp_range, gamma: 0.999, cycles: 2}",
+    "{policy: linear, warmup: 7}",
+    "{policy: constant, warmup: 3}",
+    "{policy: everydream, cycles: 1.5, warmup: 4}",
+    "{policy: hann, cycles: 2.3, allow_peak_end: true}",
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_printed_to_paste_is_the_run_that_auto_plans(write: Write, schedule: str) -> None:
+    from sdclr.report import page
+
+    loaded = write(schedule=schedule, train="{steps: auto, kappa: 1.3, early_stop: 9}")
+    save_range_test(loaded)
+    measured = {"verdict": "conclusive", "ceiling": {"lr": 1e-3}, "best_exposure": {"value": 0.02}}
+    answer = with_run(measured, loaded.config, read_inputs(loaded))
+    planned, given = plan_of(loaded), yaml.safe_load(page.snippet(answer))
+    pasted = write(**{name: json.dumps(section) for name, section in given.items()})
+    assert plan_of(pasted).schedule == planned.schedule
+    assert (plan_of(pasted).steps, answer["recommended"]["steps"]) == (planned.steps, planned.steps)
+    assert pasted.config.train.early_stop == 9
+
+
+def test_kappa_is_of_a_conclusive_test_alone_and_one_beside_is_preferred_to_an_own_that_cannot_say(
+    write: Write,
+) -> None:
+    loaded = write()
+    save_range_test(loaded, verdict="inconclusive", best_exposure={"value": 0.02, "interval": [0.01, 0.03]})
+    assert (plan_of(loaded).kappa, plan_of(loaded).source) == (None, None)
+    save_range_test(loaded, run="beside")
+    assert plan_of(loaded).kappa == pytest.approx(2, rel=0.05)
+    assert str(plan_of(loaded).source).endswith("beside/range-test/result.json")
+
+
+def test_a_constant_rate_is_said_as_one_number(write: Write) -> None:
+    loaded = write(schedule="{policy: constant, max_lr: 1.0e-5}")
+    rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
+    assert rows["learning rate"] == "1e-05; the last step is at 1e-05"

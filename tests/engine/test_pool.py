@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from sdclr.config import source
-from sdclr.engine.arms import Bench, Measured
+from sdclr.engine.arms import Bench
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.pool import Pool, make_pool, pooled
 from sdclr.engine.run import Run
 from sdclr.errors import ConfigError
+from sdclr.lr.measured import Measured, at_steps
 
 RATES = [3e-3, 1e-2, 2e-2, 1e-2]
 
@@ -35,7 +36,7 @@ def pool(loaded, tmp_path_factory) -> Pool:
 
 def arm_of(bench: Any) -> Measured:
     """Four steps, measured after the second and the last."""
-    return bench.arm("a", 2e-2, lambda step: RATES[step], lambda a: a.steps[-1] >= 4, lambda step, s: step in (2, 4))
+    return bench.arm("a", 2e-2, lambda step: RATES[step], at_steps([2, 4]))
 
 
 def test_every_split_holds_out_other_images(pool, loaded):

@@ -9,6 +9,7 @@ import threading
 import pytest
 
 from sdclr.engine.signals import StopRequest
+from sdclr.errors import Terminated
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -22,9 +23,12 @@ def test_the_first_signal_only_sets_requested_and_its_error_exits_with_128_plus_
 
 
 def test_the_second_signal_stops_at_once():
-    with pytest.raises(KeyboardInterrupt), StopRequest():
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
+    for second in (signal.SIGINT, signal.SIGTERM):
+        with pytest.raises(Terminated) as stopped, StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), second)
+        assert stopped.value.signal_number == second
+        assert isinstance(stopped.value, KeyboardInterrupt)  # and no Exception, which a decoder's handler would take
 
 
 def test_the_handlers_of_before_come_back_even_after_an_error():

@@ -269,3 +269,12 @@ def test_a_schedule_is_a_function_of_the_step_alone() -> None:
     backwards = [schedule(step) for step in reversed(range(100))]
     assert forwards == backwards[::-1]
     assert not any(math.isnan(rate) for rate in forwards)
+
+
+@pytest.mark.parametrize(
+    ("policy", "heights"), [("triangular2", [1.0, 0.5, 0.1 / 4]), ("exp_range", [0.9**10, 0.9**30, 0.1 * 0.9**50])]
+)
+def test_groups_scale_what_a_policy_makes_of_its_cycles(policy: str, heights: list[float]) -> None:
+    groups = (Group(2, 1.0), Group(1, 0.1))
+    schedule = Schedule(policy, 1.0, 60, step_size=10, gamma=0.9 if policy == "exp_range" else 1.0, groups=groups)
+    assert [schedule(step) for step in (10, 30, 50)] == pytest.approx(heights)
