@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from sdclr.config import source
 from sdclr.config.schema import ModelSection
+from sdclr.engine.fingerprint import another_base
 from sdclr.engine.folder import RunFolder, as_umask_says, storage_errors, sync_folder
-from sdclr.engine.plan import another_base
 from sdclr.errors import InputError
 from sdclr.report import console
 

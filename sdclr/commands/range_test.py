@@ -22,11 +22,13 @@ import numpy as np
 
 from sdclr.config import source
 from sdclr.config.schema import RangeTestSection, RunConfig
+from sdclr.data.batches import Inputs
 from sdclr.engine import processes
 from sdclr.engine.answer import as_answer, refuse_inconclusive, tell, with_run
+from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import Inputs, describe, fingerprint, read_inputs
+from sdclr.engine.plan import describe, read_inputs
 from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp

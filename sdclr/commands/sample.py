@@ -15,8 +15,8 @@ from sdclr.config import source
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
 from sdclr.data.pairs import printable
+from sdclr.engine.fingerprint import another_base, model_fingerprint, model_settings
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import another_base, model_fingerprint, model_settings
 from sdclr.errors import DataError, InputError, first_line
 from sdclr.report import console, figures, page
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from sdclr.data.pairs import Split
 from sdclr.seeding import derive, numpy_rng
 
 Item = TypeVar("Item")
@@ -74,6 +75,18 @@ class Batches:
         draw = derive(self.seed, "view", position)
         dropped = derive(self.seed, "caption dropout", position) < self.caption_dropout * 2**63
         return Sample(position, int(_order(self.seed, epoch, self.images)[place]), draw % self.views, dropped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """The images of a run, split, and how they are sampled."""
+
+    split: Split
+    batches: Batches
+
+    @property
+    def steps_per_epoch(self) -> float:
+        return self.batches.steps_per_epoch
 
 
 @lru_cache(maxsize=8)

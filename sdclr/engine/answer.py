@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from sdclr.config.schema import RunConfig
-from sdclr.engine.plan import Inputs, make_schedule, peak_below, steps_to_exposure
+from sdclr.data.batches import Inputs
+from sdclr.engine.plan import make_schedule, peak_below, steps_to_exposure
 from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import Arm, Bounds, Reason
 from sdclr.report import console, page

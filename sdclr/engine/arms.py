@@ -13,9 +13,9 @@ import numpy as np
 from sdclr.config.schema import RunConfig
 from sdclr.data.cache import key_of
 from sdclr.engine.encoding import Encoded
+from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import read_json, write_json
 from sdclr.engine.loop import optimizer_steps
-from sdclr.engine.plan import fingerprint
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
 from sdclr.errors import DivergenceError, InputError

@@ -33,7 +33,7 @@ from sdclr.report.metrics import SCHEMA
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.safetensors"
 SCALER = "scaler."
 """Before the names of the fp16 loss scale's numbers."""
-FULL, TROUGH, BEST, AVERAGE = "step", "trough", "best", "average"
+KINDS = FULL, TROUGH, BEST, AVERAGE = "step", "trough", "best", "average"
 """Kinds of checkpoint, the first part of its folder's name: `step` can be resumed; the others hold weights only."""
 
 
@@ -44,6 +44,13 @@ class Checkpoint:
     path: Path
     kind: str
     step: int
+
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint | None:
+        """The one that a folder of this name is; None where it is none."""
+        kind, _, rest = path.name.partition("-")
+        number = rest.partition("_")[0]
+        return cls(path, kind, int(number)) if kind in KINDS and number.isdigit() and path.is_dir() else None
 
     def info(self) -> dict[str, Any]:
         """Its state.json: step, exposure, kappa, validation loss, the run's config."""
@@ -113,9 +120,10 @@ def save_weights(models: dict[str, Any], weights: dict[str, dict[str, torch.Tens
         return adapters.save(models, weights, folder)
     for part, model in models.items():
         (folder / part).mkdir()
-        model.save_config(folder / part) if hasattr(model, "save_config") else model.config.save_pretrained(
-            folder / part
-        )
+        if hasattr(model, "save_config"):  # diffusers'
+            model.save_config(folder / part)
+        else:
+            model.config.save_pretrained(folder / part)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights[part].items()}
         save_file(tensors, folder / part / f"{WEIGHTS[part]}.safetensors", metadata={"format": "pt"})
 
@@ -153,15 +161,10 @@ def verify(checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def available(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)) -> list[Checkpoint]:
+def available(folder: Path, kinds: Iterable[str] = KINDS) -> list[Checkpoint]:
     """The checkpoints of a run by step, by their names; partial ones are not checkpoints."""
-    found = []
-    for path in sorted(folder.glob("*-*")) if folder.is_dir() else []:
-        kind, _, rest = path.name.partition("-")
-        number = rest.partition("_")[0]
-        if kind in kinds and number.isdigit() and path.is_dir():
-            found.append(Checkpoint(path, kind, int(number)))
-    return sorted(found, key=lambda c: (c.step, c.kind))
+    found = map(Checkpoint.at, sorted(folder.glob("*-*")) if folder.is_dir() else [])
+    return sorted((c for c in found if c and c.kind in kinds), key=lambda c: (c.step, c.kind))
 
 
 def kept_in(path: Path) -> Checkpoint | None:
@@ -175,16 +178,18 @@ def kept_in(path: Path) -> Checkpoint | None:
             or "sdclr train leaves them in runs/<name>/checkpoints/, and its models in final/ and best/"
         )
         raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)
-    if not (path / MANIFEST).is_file() and path not in [c.path for c in available(path.parent)]:
-        return None
-    checkpoint = Checkpoint(path, path.name.partition("-")[0], 0)
+    checkpoint = Checkpoint.at(path)
+    if checkpoint is None:
+        if not (path / MANIFEST).is_file():
+            return None
+        checkpoint = Checkpoint(path, "", 0)  # one whose folder has another name
     problems = verify(checkpoint)
     if problems:
         raise InputError(f"{path}: is damaged: {'; '.join(problems)}")
     return checkpoint
 
 
-def those_in(folder: Path, kinds: Iterable[str] = (FULL, TROUGH, BEST, AVERAGE)) -> str:
+def those_in(folder: Path, kinds: Iterable[str] = KINDS) -> str:
     """For a hint: which checkpoints a folder holds; empty if none."""
     names = ", ".join(c.path.name for c in available(folder, kinds))
     return f"there are, in {folder}: {names}" if names else ""

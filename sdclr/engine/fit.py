@@ -10,9 +10,10 @@ from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
+from sdclr.data.batches import Inputs
 from sdclr.engine import processes
 from sdclr.engine.folder import RunFolder
-from sdclr.engine.plan import Inputs, held_out_share
+from sdclr.engine.plan import held_out_share
 from sdclr.errors import ConfigError, InputError, SdclrError
 from sdclr.report import console
 

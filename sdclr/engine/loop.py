@@ -6,7 +6,9 @@ what each step did; the command decides what to do with it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -92,8 +94,8 @@ def optimizer_steps(
 def gradients_of(
     loss_fn: Callable[[Any], torch.Tensor], accelerator: Accelerator, careful: bool = False
 ) -> AddGradients:
-    """The `add_gradients` of a function that gives a micro-batch's mean loss. A `careful` one goes back from no loss that is not finite:
-    where weights are updated in the backward, they would be spoilt before the loop sees it."""
+    """The `add_gradients` of a function that gives a micro-batch's mean loss. A `careful` one skips the backward of a loss that is not
+    finite: where weights are updated in the backward, they would be spoilt before the loop sees it."""
 
     def add_gradients(micro_batch: Any, count: int) -> torch.Tensor:
         loss = loss_fn(micro_batch) / count
@@ -110,20 +112,14 @@ def assign_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-class _gradients_synced:
+@contextlib.contextmanager
+def _gradients_synced(accelerator: Accelerator, modules: Sequence[torch.nn.Module], last: bool) -> Iterator[None]:
     """Across processes, exchange gradients only with a step's last micro-batch; those in shares with each, or they would lie there whole."""
-
-    def __init__(self, accelerator: Accelerator, modules: Sequence[torch.nn.Module], last: bool):
-        side_by_side = [module for module in modules if not last and not sharding.is_sharded(module)]
-        self.contexts = [accelerator.no_sync(module) for module in side_by_side]
-
-    def __enter__(self) -> None:
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *exc: Any) -> None:
-        for context in reversed(self.contexts):
-            context.__exit__(*exc)
+    with contextlib.ExitStack() as waiting:
+        for module in modules:
+            if not last and not sharding.is_sharded(module):
+                waiting.enter_context(accelerator.no_sync(module))
+        yield
 
 
 def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerator) -> float:
@@ -148,7 +144,7 @@ def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: flo
     scaled = accelerator.scaler is not None
     values = {"loss": loss} if scaled else {"loss": loss, "gradient norm": grad_norm}
     for name, value in values.items():
-        if not torch.isfinite(torch.tensor(value)):
+        if not math.isfinite(value):
             spoilt = name != "loss" and state.in_backward
             what = (
                 "optimizer.fused_backward has put it into the weights"

@@ -12,9 +12,11 @@ from pydantic.fields import FieldInfo
 from sdclr.config.kinds import Section, Span
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
+from sdclr.data.batches import Inputs
 from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
+from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder
-from sdclr.engine.plan import Inputs, NoRangeTest, Plan, changed, fingerprint, make_plan
+from sdclr.engine.plan import NoRangeTest, Plan, make_plan
 from sdclr.errors import CheckpointError, InputError
 from sdclr.report import console, metrics
 
@@ -28,8 +30,8 @@ NEVER = ("run.seed", "model.", "lora.", "data.", "validation.fraction", "optimiz
 def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoint:
     """The checkpoint to go on from. Raises CheckpointError rather than ever starting afresh; `typed` is for its hints."""
     if named:
-        number = named.name.partition("-")[2]
-        if not named.is_dir() or not named.name.startswith(f"{FULL}-") or not number.isdigit():
+        checkpoint = Checkpoint.at(named)
+        if checkpoint is None or checkpoint.kind != FULL:
             fresh = f"this run has none to go on from; begin it: sdclr train {typed}"
             what = (
                 f"is not a checkpoint to resume from ({FULL}-000400)" if named.exists() else "there is no such folder"
@@ -40,7 +42,6 @@ def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoin
                 f"{named}: belongs to another run; this one's are in {folder.checkpoints}",
                 hint=f"take the newest whole one: sdclr train {typed} --resume",
             )
-        checkpoint = Checkpoint(named, FULL, int(number))
         problems = verify(checkpoint)
         if problems:
             raise CheckpointError(
@@ -135,6 +136,18 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
         clashes.append(f"{place}: its configs or tokenizers are not those that the run was started with")
     if clashes:
         raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
+
+
+def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Every dotted key whose value differs between two dumped configs, with both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys((*before, *after)):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
 
 
 def _defaults(section: FieldInfo) -> dict[str, Any]:

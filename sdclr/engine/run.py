@@ -18,7 +18,7 @@ from accelerate.utils import AutocastKwargs
 from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
-from sdclr.data.batches import Sample, together
+from sdclr.data.batches import Inputs, Sample, together
 from sdclr.data.dataset import View, views
 from sdclr.data.pairs import printable
 from sdclr.engine import graph, optimizers, rounding, sharding
@@ -26,7 +26,6 @@ from sdclr.engine.encoding import Encoded, Encoder
 from sdclr.engine.graph import Graph
 from sdclr.engine.loop import AddGradients, TrainState, gradients_of
 from sdclr.engine.optimizers import InBackward
-from sdclr.engine.plan import Inputs
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
 from sdclr.errors import InputError, first_line

@@ -32,6 +32,8 @@ PAST = 1.5
 """An arm has shown its S* when it has gone this many times as far and gained nothing that would move it."""
 NEAR = 0.8
 """Share of the highest gain from which on the points of a curve place its top."""
+RESAMPLES = 500
+"""Of the images, for the interval of S*."""
 SLOW = 2.0
 """The ceiling must be this many times the reference's rate, or the reference's own excess hides too much of everybody's."""
 
@@ -98,7 +100,6 @@ def analyse(
     arms: Sequence[Arm],
     tolerance: float = 0.10,
     raggedness: float = 0.25,
-    resamples: int = 500,
     longest: Arm | None = None,
 ) -> Bounds:
     """Judge arms against a reference.
@@ -109,7 +110,7 @@ def analyse(
     """
     longest = longest or reference
     _check(base, (reference, longest, *arms))
-    best = best_exposure(base, longest, resamples)
+    best = best_exposure(base, longest)
     gain = paired_difference(base, losses_at(base, longest, best.value))
     reasons = _no_gain(base, gain) or _edge(base, longest, best) or _low_edge(longest, best)
     if any(r.code == "no_gain" for r in reasons):
@@ -119,10 +120,10 @@ def analyse(
     return Bounds(ceiling, best, gain, verdicts, (*reasons, *why))
 
 
-def best_exposure(base: np.ndarray, reference: Arm, resamples: int = 500) -> Estimate:
+def best_exposure(base: np.ndarray, reference: Arm) -> Estimate:
     """S* of the reference, its interval by resampling images."""
     gains = base - reference.losses
-    draws = np.random.default_rng(0).integers(0, len(base), (resamples, len(base)))
+    draws = np.random.default_rng(0).integers(0, len(base), (RESAMPLES, len(base)))
     values = [_least_exposure(reference.exposure, gains[:, pick].mean(axis=1)) for pick in draws]
     low, high = np.quantile(values, [0.025, 0.975])
     return Estimate(least_exposure(base, reference), float(low), float(high))
@@ -144,9 +145,11 @@ def losses_at(base: np.ndarray, arm: Arm, exposure: float) -> np.ndarray:
     if exposure <= s[0]:
         share = max(0.0, exposure / s[0])
         return base + share * (losses[0] - base)
+    if len(s) == 1:
+        return losses[0]
     i = int(np.clip(np.searchsorted(s, exposure), 1, len(s) - 1))
-    share = np.clip(np.log(exposure / s[i - 1]) / np.log(s[i] / s[i - 1]), 0, 1) if len(s) > 1 else 1.0
-    return losses[i - 1] + share * (losses[i] - losses[i - 1]) if len(s) > 1 else losses[0]
+    share = np.clip(np.log(exposure / s[i - 1]) / np.log(s[i] / s[i - 1]), 0, 1)
+    return losses[i - 1] + share * (losses[i] - losses[i - 1])
 
 
 def judge(base: np.ndarray, reference: Arm, arm: Arm, tolerance: float, raggedness: float) -> ArmVerdict:

@@ -63,7 +63,8 @@ def read(config: Path) -> dict[str, float]:
     """Seconds of each part of one reading: the folder and its split, the plan, the model, the tensors."""
     from sdclr.config import source
     from sdclr.engine import run
-    from sdclr.engine.plan import fingerprint, make_plan, read_inputs
+    from sdclr.engine.fingerprint import fingerprint
+    from sdclr.engine.plan import make_plan, read_inputs
     from sdclr.model import components
 
     written, inside = [], {"model": 0.0}

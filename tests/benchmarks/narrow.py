@@ -19,7 +19,7 @@ sys.path.insert(0, str(DATA))
 from make_demo import SEED, encode, make_denoiser, to_tensor  # noqa: E402
 from portraits import distinct_portraits, draw  # noqa: E402
 
-from sdclr.engine.plan import model_fingerprint  # noqa: E402
+from sdclr.engine.fingerprint import model_fingerprint  # noqa: E402
 
 PICTURES, STEPS, NAME_STEPS = 3000, 2000, 1000
 WIDTHS = (16, 32, 48)

@@ -11,9 +11,9 @@ import trials
 from stage import Place, curve
 
 from sdclr.data import pairs
+from sdclr.data.batches import Inputs
 from sdclr.data.pairs import Split
 from sdclr.engine.loop import TrainState
-from sdclr.engine.plan import Inputs
 from sdclr.engine.run import Run
 
 NO_GAIN = ("no_gain",)

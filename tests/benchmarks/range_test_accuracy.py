@@ -34,8 +34,8 @@ from cases import CASES, Case, prepare
 from narrow import narrow_base
 from stage import Place
 
+from sdclr.engine.fingerprint import model_fingerprint
 from sdclr.engine.folder import write_bytes, write_json
-from sdclr.engine.plan import model_fingerprint
 from sdclr.report import console
 
 PARTS = ["tests", "rivals", "averages", "nulls", "variants"]

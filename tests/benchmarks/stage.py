@@ -15,10 +15,12 @@ from cases import Case
 from sdclr.config import source
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
+from sdclr.data.batches import Inputs
 from sdclr.data.pairs import Split
+from sdclr.engine.fingerprint import model_fingerprint
 from sdclr.engine.folder import write_text
 from sdclr.engine.loop import optimizer_steps
-from sdclr.engine.plan import Inputs, model_fingerprint, read_inputs
+from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.engine.validation import fixed_draws
 from sdclr.errors import DivergenceError

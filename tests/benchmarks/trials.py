@@ -20,7 +20,8 @@ from stage import Judge, Place, log_points
 import sdclr
 from sdclr.commands.range_test import as_result, measure
 from sdclr.config.schema import RangeTestSection, RunConfig, ValidationSection
-from sdclr.engine.plan import Inputs, make_schedule, read_inputs
+from sdclr.data.batches import Inputs
+from sdclr.engine.plan import make_schedule, read_inputs
 from sdclr.engine.pool import Pool, make_pool
 from sdclr.engine.run import Run
 from sdclr.report import console

@@ -52,7 +52,8 @@ def test_a_plan_that_is_needed_and_cannot_be_made_is_an_error(config):
 
 def range_test_of(path: Path, verdict: str = "conclusive") -> None:
     """A range test's result that fits the config."""
-    from sdclr.engine.plan import fingerprint, read_inputs
+    from sdclr.engine.fingerprint import fingerprint
+    from sdclr.engine.plan import read_inputs
 
     loaded = source.load(path)
     folder = loaded.config.folder / "range-test"

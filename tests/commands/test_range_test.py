@@ -17,8 +17,9 @@ from PIL import Image
 from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
+from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import read_json
-from sdclr.engine.plan import fingerprint, read_inputs
+from sdclr.engine.plan import read_inputs
 from sdclr.errors import ConfigError, Inconclusive, InputError
 
 SHORT = "range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}\nvalidation: {fraction: 0.3, timesteps_per_image: 2}"

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine.checkpoint import available, verify
-from sdclr.engine.plan import fingerprint, read_inputs
+from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.plan import read_inputs
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
 from sdclr.report import figures, metrics
 

@@ -15,8 +15,11 @@ import yaml
 from PIL import Image
 
 from sdclr.config.source import LoadedConfig, load
+from sdclr.data.batches import Inputs
 from sdclr.engine.answer import with_run
-from sdclr.engine.plan import Inputs, Plan, changed, describe, fingerprint, make_plan, read_inputs
+from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.plan import Plan, describe, make_plan, read_inputs
+from sdclr.engine.resuming import changed
 from sdclr.errors import ConfigError, DataError, InputError
 
 BASE = {

@@ -1,0 +1,86 @@
+"""What a range test's answer and a kept state depend on, as short hashes: the base model, the pictures, the settings."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from sdclr.config.schema import ModelSection, RunConfig
+from sdclr.data.batches import Inputs
+
+
+def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
+    """What a range test's answer depends on; a later run must agree in all of it to use the answer."""
+    split = inputs.split
+    images = hashlib.blake2b(digest_size=16)
+    for pair in sorted((*split.train, *split.validation), key=lambda p: p.key):
+        images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + sampled(pair.path))
+    return {
+        **base_fingerprint(config.model),
+        "train": list(config.model.train),
+        "precision": config.model.precision,
+        "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
+        "images": images.hexdigest(),
+        "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
+        "aspect": config.data.aspect if config.data.aspect != "square" else None,
+        "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
+        "loss": config.loss.model_dump(mode="json"),
+        "batch": inputs.batches.samples_per_step,
+    }
+
+
+def base_fingerprint(model: ModelSection) -> dict[str, str]:
+    """What of a fingerprint is the base model's."""
+    return {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
+
+
+def another_base(stored: dict[str, Any], model: ModelSection) -> str | None:
+    """The base that a kept state was trained from, as its state.json names it, if it is not the one that `model` names, as that is now."""
+    known = stored.get("fingerprint") or {}
+    if all(known.get(key, value) == value for key, value in base_fingerprint(model).items()):
+        return None
+    return str(stored.get("config", {}).get("model", {}).get("base"))
+
+
+BESIDE_WEIGHTS = ("model_index.json", "*/*config.json", "*/tokenizer.json", "*/vocab.json", "*/merges.txt")
+"""The files of a diffusers folder that hold no weights, and that what it computes depends on."""
+
+
+def model_fingerprint(base: str) -> str:
+    """A local model by what its weight files hold (size and sampled blocks), a hub model by its id."""
+    path = Path(base)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+    if not files:
+        return f"hub:{base}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(f"{file.name}{file.stat().st_size}".encode() + sampled(file))
+    return digest.hexdigest()
+
+
+def model_settings(model: ModelSection) -> str:
+    """Of a local model, a hash of what lies beside its weights: configs, tokenizers, what is predicted from what noise; of a hub model, its id."""
+    place = Path(model.config or model.base)
+    files = sorted({file for pattern in BESIDE_WEIGHTS for file in place.glob(pattern)} if place.is_dir() else ())
+    if not files:
+        return "" if place.exists() else f"hub:{place}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        digest.update(
+            f"{file.relative_to(place).as_posix()}\x1f".encode() + hashlib.blake2b(file.read_bytes()).digest()
+        )
+    return digest.hexdigest()
+
+
+def sampled(path: Path, blocks: int = 64, size: int = 4096) -> bytes:
+    """Blocks spread evenly over a file; the whole of a small one. Fine-tuning changes every tensor, so a sample tells models apart."""
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        if total <= blocks * size * 4:
+            return hashlib.blake2b(file.read()).digest()
+        digest = hashlib.blake2b()
+        for i in range(blocks):
+            file.seek(i * (total - size) // (blocks - 1))
+            digest.update(file.read(size))
+    return digest.digest()
