@@ -36,7 +36,7 @@ def export(
     from sdclr.engine.checkpoint import kept_in
     from sdclr.model import adapters, components, single_file
 
-    if precision not in single_file.DTYPES:
+    if precision not in components.DTYPES:
         raise InputError(f"--precision must be fp16, bf16 or fp32; got {precision!r}")
     loaded = source.load(config_path, overrides)
     config, folder = loaded.config, RunFolder(loaded.config.folder)

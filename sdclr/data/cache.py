@@ -98,8 +98,7 @@ def key_of(*parts: str | int) -> str:
 
 def content_hash(path: Path) -> str:
     """Hash of a file's bytes."""
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 (as above)
-        return hashlib.blake2b(file.readall(), digest_size=20).hexdigest()
+    return hashlib.blake2b(path.read_bytes(), digest_size=20).hexdigest()
 
 
 def weights_hash(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:

@@ -44,7 +44,6 @@ class Bench:
         self.draws = run.draws(held_out)
         self.finished: dict[str, Measured] = {}
         self.train_steps = self.forwards = 0
-        self.started = time.monotonic()
         self.key = self._key()
 
     def base(self) -> np.ndarray:

@@ -29,7 +29,6 @@ from sdclr.engine.run import validation_batch
 from sdclr.model import adapters, components
 from sdclr.model.objective import denoise, squared_error
 
-GIB = 2**30
 KEPT, LIBRARIES = 0.55, 48 * 2**20
 """On the CPU: the share of gradients and activations that the C library holds beside them, in gaps between blocks and for kernels (between
 36 and 82 %, over batches of 1 to 8 and pictures of 128 to 256 pixels: tests/benchmarks/throughput.py --memory), and what is loaded and
@@ -308,8 +307,9 @@ class _Work:
             del copies
 
     def _autocast(self) -> Any:
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return torch.autocast(self.where, dtypes[self.precision], cache_enabled=False) if self.precision in dtypes else contextlib.nullcontext()  # fmt: skip
+        if self.precision == "no":
+            return contextlib.nullcontext()
+        return torch.autocast(self.where, components.DTYPES[self.precision], cache_enabled=False)
 
     @contextlib.contextmanager
     def _counted(self, grad: bool) -> Iterator[_Ledger]:

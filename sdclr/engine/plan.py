@@ -15,13 +15,13 @@ from sdclr.config.kinds import MAX_STEPS, Span
 from sdclr.config.rates import CYCLIC
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
-from sdclr.data import pairs as pairs_
+from sdclr.data import pairs
 from sdclr.data.batches import Batches, Inputs
 from sdclr.data.dataset import shape_for, size_of, views
 from sdclr.data.pairs import Pair, Split, printable
 from sdclr.engine.fingerprint import fingerprint, sampled
 from sdclr.engine.folder import RunFolder, read_json
-from sdclr.errors import ConfigError, InputError
+from sdclr.errors import ConfigError, DataError, InputError
 from sdclr.lr.exposure import steps_for
 from sdclr.lr.schedule import Group, Schedule
 
@@ -62,10 +62,10 @@ def read_inputs(
     """Find and split the images, for training or, `measuring`, for a range test. Raises DataError or ConfigError with every problem,
     before torch is imported."""
     config = loaded.config
-    found = pairs_.find(config.data.images, config.data.caption)
+    found = pairs.find(config.data.images, config.data.caption)
     key = "range_test.fraction" if measuring else "validation.fraction"
     fraction = held_out_share(config, len(found)) if measuring else config.validation.fraction
-    split = pairs_.split(found, fraction, config.run.seed, fold)
+    split = pairs.split(found, fraction, config.run.seed, fold)
     problems = []
     size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
     if size % processes:
@@ -181,11 +181,11 @@ def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, 
     """A range test whose fingerprint fits: a conclusive one if there is any, this run's own before the newest of the runs beside it."""
     ours = fingerprint(config, inputs)
     fitting = [(path, result) for path, result in _range_tests(config) if not _differing(result, ours)]
-    return next((f for f in fitting if f[1]["verdict"] == "conclusive"), next(iter(fitting), None))
+    return next((f for f in fitting if f[1].get("verdict") == "conclusive"), next(iter(fitting), None))
 
 
 def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The keys of a fingerprint that a range test does not agree in; one that is older than a key had what that stands for off."""
+    """The keys of a fingerprint that a range test does not agree in; one that is older than a key counts as having it off."""
     theirs = result.get("fingerprint") or {}
     return [key for key in ours if theirs.get(key) != ours[key]]
 
@@ -258,8 +258,6 @@ def _refuse_leaks(split: Split) -> None:
     held = {_content(pair): pair for pair in split.validation}
     same = [(pair, held[_content(pair)]) for pair in split.train if _content(pair) in held]
     if same:
-        from sdclr.errors import DataError
-
         raise DataError(
             [
                 f"{printable(a.path)} and {printable(b.path)} are the same picture, one to train on and one held out: remove one"

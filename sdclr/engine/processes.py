@@ -154,7 +154,10 @@ def telling() -> Iterator[bool]:
         yield first
     finally:
         with contextlib.suppress(Exception):  # the store has gone: so has whoever would have told
-            store.set(told, "") if first else store.wait([told], TELLING)
+            if first:
+                store.set(told, "")
+            else:
+                store.wait([told], TELLING)
 
 
 def loss_of_another(problem: Exception) -> SdclrError | None:

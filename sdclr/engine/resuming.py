@@ -84,7 +84,10 @@ def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> Plan:
 
 
 def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:
-    """A `best` alone is the trace of a first save that was cut short: it comes before the state to resume from."""
+    """Raise InputError where the folder holds a run that a new one would overwrite.
+
+    A `best` alone is no run: it is the trace of a first save that was cut short, for it is written before the state to resume from.
+    """
     if folder.final.exists():
         raise InputError(
             f"{folder.path}: holds a finished run",

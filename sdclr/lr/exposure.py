@@ -17,11 +17,6 @@ MAX_STEPS = 5_000_000
 """Where the search for a length gives up: weeks of training, and some decaying schedules never collect more."""
 
 
-def exposure(rates: np.ndarray) -> np.ndarray:
-    """S after each step, shape (steps,)."""
-    return np.cumsum(np.asarray(rates, dtype=float))
-
-
 def implied_by_linear_ramp(lr_at_minimum: float, slope: float) -> float:
     """S* that a linear ramp's minimum stands for: S = lr²/(2·slope), slope = lr per step."""
     return lr_at_minimum**2 / (2 * slope)

@@ -23,10 +23,6 @@ class Difference:
     agreement: float
     images: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
-
 
 def paired_difference(a: np.ndarray, b: np.ndarray, confidence: float = 0.95) -> Difference:
     """a − b for losses of the same images, each (images,) or (images, draws); draws are averaged first.

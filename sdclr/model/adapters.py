@@ -122,7 +122,10 @@ def merge(module: Any, weights: Weights, lora: LoraSection) -> None:
         put(module, weights)
         fits = True
     finally:
-        over.merge_and_unload() if fits else over.unload()
+        if fits:
+            over.merge_and_unload()
+        else:
+            over.unload()
         vars(module).pop("peft_config", None)  # which some releases of peft leave there
 
 

@@ -49,15 +49,19 @@ def check(config: ModelSection) -> None:
         found = problems_of(path)
         if found:
             raise InputError("\n".join(found), hint=MODEL_HINT)
-    elif path.exists() or not looks_like_hub_id(base):
-        raise InputError(
-            f"model.base {base}: there is no such folder, and it is not a hub id (owner/name)", hint=MODEL_HINT
-        )
+    else:
+        is_local(base, "model.base")
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """Whether a name that is no local path may be looked up on the hub: exactly owner/name."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None and not Path(name).parts[0].startswith(".")
+def is_local(name: str, option: str, hint: str = MODEL_HINT) -> bool:
+    """Whether a name is that of a folder, else of a model on the hub. Raises InputError, naming the option, where it can be neither."""
+    path = Path(name)
+    if path.is_dir():
+        return True
+    is_hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name) is not None  # exactly owner/name
+    if path.exists() or not is_hub_id:
+        raise InputError(f"{option} {name}: there is no such folder, and it is not a hub id (owner/name)", hint=hint)
+    return False
 
 
 def is_xl(index: dict[str, Any]) -> bool:
@@ -103,10 +107,11 @@ def refuse_other_kind(config: ModelSection, index: dict[str, Any]) -> None:
         names = list(file.keys())
     second = any(name.startswith("conditioner.embedders.1.") for name in names)
     if second != is_xl(index) and any(name.startswith("model.diffusion_model.") for name in names):
-        kinds = ("Stable Diffusion 1.x or 2.x", "SDXL")
+        older = "Stable Diffusion 1.x or 2.x"
+        kind, other, such = ("SDXL", older, CONFIGS[1]) if second else (older, "SDXL", CONFIGS[0])
         raise InputError(
-            f"model.base {config.base}: is of {kinds[second]}, and model.config {config.config} of {kinds[not second]}",
-            hint=f"name a model of the same kind as model.config, such as {CONFIGS[second]}",
+            f"model.base {config.base}: is of {kind}, and model.config {config.config} of {other}",
+            hint=f"name a model.config of the same kind, such as {such}",
         )
 
 

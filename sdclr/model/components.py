@@ -31,6 +31,8 @@ from sdclr.errors import InputError, SdclrError, first_line
 from sdclr.model import adapters, checks
 from sdclr.model.checks import MODEL_HINT, WEIGHTS
 
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 @dataclasses.dataclass
 class Components:
@@ -137,7 +139,8 @@ class Components:
 
 
 def load(config: ModelSection, to_train: bool = False) -> Components:
-    """Load every part in fp32 and evaluation mode, nothing trainable yet; with `precision: full_bf16` what is trained in bf16, `to_train`.
+    """Load every part in fp32 and evaluation mode, nothing trainable yet. With `precision: full_bf16`, `to_train` loads in bf16 what is
+    trained.
 
     A local folder or file is never looked up on the hub. Raises InputError naming the missing or misfitting part.
     """
@@ -219,9 +222,9 @@ def narrow(module: torch.nn.Module, dtype: torch.dtype = torch.bfloat16) -> None
 
 
 def attach_lora(parts: Components, config: RunConfig, precision: str) -> None:
-    """Train small matrices beside the weights of what is named in `model.train`. Of these the frozen ones are kept as autocast would cast
-    them for every forward, if it would: norms and embeddings stay in fp32, and what is computed stays the same."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    """Train small matrices beside the weights of what is named in `model.train`. The weights themselves are frozen, and those that autocast
+    would cast to `precision` in every forward are stored so; norms and embeddings stay in fp32, and what is computed stays the same."""
+    dtype = DTYPES.get(precision, torch.float32)
     for module in parts.trainable(config.model.train).values():
         for layer in module.modules():
             if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
@@ -285,7 +288,10 @@ def load_trained(parts: Components, folder: Path, besides: tuple[str, ...] = ())
     for name, weights in found.items():
         module = getattr(parts, name)
         try:
-            adapters.merge(module, weights, lora[name]) if lora else module.load_state_dict(weights)
+            if lora:
+                adapters.merge(module, weights, lora[name])
+            else:
+                module.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
             first, *others = [line.strip() for line in str(error).splitlines()]
             raise InputError(
@@ -330,11 +336,7 @@ def _index(config: ModelSection) -> dict[str, Any]:
     """The model_index.json of a model, or of that which a single file takes its configs from. Raises InputError where the model
     is not of a kind that is trained here, or not in the parts that the config names."""
     source = config.config or config.base
-    local = Path(source).is_dir()
-    if not local and not checks.looks_like_hub_id(source):
-        raise InputError(
-            f"model.config {source}: there is no such folder, and it is not a hub id (owner/name)", hint=MODEL_HINT
-        )
+    local = checks.is_local(source, "model.config")
     file = Path(source) / checks.INDEX if local else hf_hub_download(source, checks.INDEX)
     index: dict[str, Any] = json.loads(Path(file).read_bytes())
     checks.refuse_untrainable(config, source, index)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import CLIPModel, CLIPProcessor
 
 from sdclr.errors import InputError, first_line
-from sdclr.model.checks import looks_like_hub_id
+from sdclr.model.checks import is_local
 from sdclr.model.components import quiet_libraries
 
 HINT = "--score takes a folder or a hub id of a transformers CLIP model with safetensors, such as openai/clip-vit-large-patch14"
@@ -34,9 +33,7 @@ class Judge:
     """One CLIP model; embeddings are of unit length, so that a product of two is their cosine."""
 
     def __init__(self, name: str, device: torch.device | None = None):
-        local = Path(name).is_dir()
-        if not local and not looks_like_hub_id(name):
-            raise InputError(f"--score {name}: there is no such folder, and it is not a hub id (owner/name)", hint=HINT)
+        local = is_local(name, "--score", HINT)
         try:
             with quiet_libraries():
                 self.model = CLIPModel.from_pretrained(name, local_files_only=local, use_safetensors=True).eval()

@@ -14,10 +14,9 @@ import torch
 from sdclr.config.schema import LoraSection
 from sdclr.errors import InputError
 from sdclr.model import adapters
-from sdclr.model.components import Components
+from sdclr.model.components import DTYPES, Components
 
 State = dict[str, torch.Tensor]
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 UNET = {
     "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
@@ -122,7 +121,9 @@ def _as(precision: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if torch.isfinite(found).all():
         return found
     if torch.isfinite(tensor).all():
-        raise InputError(f"{name}: holds numbers beyond what {precision} can, export it with --precision bf16 or fp32")
+        raise InputError(
+            f"{name}: holds numbers too large for {precision}", hint="export it with --precision bf16 or fp32"
+        )
     raise InputError(f"{name}: holds numbers that are not finite", hint="export another state of the run")
 
 

@@ -32,9 +32,8 @@ def test_weights_optimizer_and_encoders_are_counted_to_the_byte(config, run):
     frozen = [*run.parts.vae.parameters(), *run.parts.text_encoder.parameters()]
     assert needs.parts["encoders"] == pytest.approx(4 * sum(p.numel() for p in frozen), rel=0.01)  # position ids
     held = [run.train, run.held_out, run.stabilised]
-    assert needs.parts["data"] == 4 * sum(
-        e.mean.numel() + e.std.numel() + e.captions["encoder_hidden_states"].numel() for e in held
-    )
+    tensors = [tensor for e in held for tensor in (*e.mean, *e.std, e.captions["encoder_hidden_states"])]
+    assert needs.parts["data"] == 4 * sum(tensor.numel() for tensor in tensors)
 
 
 def test_of_a_lora_what_is_trained_is_small_and_the_rest_in_the_forwards_precision(config):

@@ -271,7 +271,7 @@ def test_memory_counts_every_part(path, xl):
     frozen = [p for part in ("vae", "text_encoder", "text_encoder_2") for p in getattr(run.parts, part).parameters()]
     assert needs.parts["encoders"] == pytest.approx(4 * sum(p.numel() for p in frozen), rel=0.01)
     held = [run.train, run.held_out, run.stabilised]
-    told = [tensor for encoded in held for tensor in (encoded.mean, encoded.std, *encoded.captions.values())]
+    told = [tensor for encoded in held for tensor in (*encoded.mean, *encoded.std, *encoded.captions.values())]
     assert needs.parts["data"] == 4 * sum(tensor.numel() for tensor in told)
     assert needs.training.peak(2) > sum(4 * p.numel() for p in run.modules["unet"].parameters())
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sdclr.errors import InputError
-from sdclr.lr.exposure import exposure, implied_by_exponential_ramp, implied_by_linear_ramp, steps_for
+from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp, steps_for
 from sdclr.lr.schedule import Group, Schedule, exponential_ramp, linear_ramp
 
 
@@ -85,10 +85,6 @@ def test_an_exposure_that_a_decaying_schedule_never_collects_is_an_input_error()
 
     with pytest.raises(InputError, match="more than 5,000,000 steps"):
         steps_for(3.0, plan)
-
-
-def test_exposure_is_the_running_sum_of_the_rates() -> None:
-    assert exposure(np.array([1.0, 2.0, 4.0])).tolist() == [1, 3, 7]
 
 
 def test_a_linear_ramps_implied_exposure_is_the_sum_of_its_rates_up_to_there() -> None:

@@ -206,7 +206,7 @@ def test_pickles_beside_safetensors_are_never_opened(copy, monkeypatch):
 def test_a_local_folder_that_looks_like_a_hub_id_is_read_from_the_disk(copy, monkeypatch):
     monkeypatch.chdir(copy.parent.parent)
     name = f"{copy.parent.name}/{copy.name}"
-    assert checks.looks_like_hub_id(name)
+    assert checks.is_local(name, "model.base")
     assert components.load(section(name)).unet.config.cross_attention_dim == 16
 
 
@@ -218,7 +218,6 @@ def test_an_incomplete_local_folder_that_looks_like_a_hub_id_is_not_looked_up(co
 
 @pytest.mark.parametrize("name", ["./a/b", "../a", "/a/b", "a/b/c", "a", ".a/b", "a/", "runs/x/final", "a b/c"])
 def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name):
-    assert not checks.looks_like_hub_id(name)
     refused(name, "there is no such folder")
 
 
@@ -226,7 +225,7 @@ def test_a_path_that_is_not_there_is_not_taken_for_a_hub_id(name):
     "name", ["stable-diffusion-v1-5/stable-diffusion-v1-5", "CompVis/stable-diffusion-v1-4", "a/b.c_d"]
 )
 def test_owner_and_name_look_like_a_hub_id(name):
-    assert checks.looks_like_hub_id(name)
+    assert not checks.is_local(name, "model.base")
 
 
 # One file ---------------------------------------------------------------------------------------------------------------------------
