@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config import source
+from sdclr.config.schema import RangeTestSection
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.plan import NoRangeTest, describe, make_plan, read_inputs
+from sdclr.engine.plan import NoRangeTest, cautions, describe, make_plan, read_inputs
 from sdclr.report import console
 
 
@@ -22,13 +23,18 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
         if need_plan:
             raise
         missing = problem
-        read_inputs(loaded, measuring=True)  # what is missing can be measured
+    if (
+        missing or loaded.config.range_test != RangeTestSection()
+    ):  # what is missing can be measured, or somebody wishes to
+        read_inputs(loaded, measuring=True)
     settle_memory(loaded.config, inputs)
     if not need_plan:
         _check_pictures_and_model(loaded, inputs)
     console.table(describe(loaded.config, inputs, plan), title=f"plan of {loaded.config.run.name}")
     if plan:
         console.say(console.curve(plan.schedule.rates()))
+        for caution in cautions(loaded.config, plan):
+            console.warn(caution)
     if missing:
         console.warn(f"{missing.message}\n  {missing.hint}")
     console.result(f"{config_path}: config, images, captions{'' if need_plan else ' and model'} can be used")

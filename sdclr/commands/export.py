@@ -42,8 +42,8 @@ def export(
     config, folder = loaded.config, RunFolder(loaded.config.folder)
     if not checkpoint and not folder.final.is_dir():
         raise InputError(f"{folder.final}: there is no such folder", hint=f"train first: sdclr train {loaded.typed}  (or name a state that was kept: --checkpoint)")  # fmt: skip
-    kept = checkpoint or folder.final
-    _refuse_another_base(kept_in(kept), config.model)
+    kept = folder.state(checkpoint) if checkpoint else folder.final
+    _refuse_another_base(kept_in(kept, folder.checkpoints), config.model)
     target = output or folder.path / "export" / f"{config.run.name}-{kept.resolve().name}.safetensors"
     if target.suffix != ".safetensors":
         raise InputError(f"--output {target}: its name must end in .safetensors")

@@ -102,6 +102,7 @@ def range_test(
             "the range test reported what its finished arms support", f"sdclr range-test {loaded.typed}"
         )
     refuse_inconclusive(result, "the range test")
+    console.say(f"next: sdclr train {loaded.typed}")
 
 
 @dataclasses.dataclass

@@ -45,10 +45,11 @@ def sample(
     """Draw every missing cell, then the grid, its JSON and its page; prints the grid's path. `score` names a CLIP model."""
     loaded = source.load(config_path, overrides)
     config = loaded.config
+    run = RunFolder(config.folder)
     columns = [Column("base", None, model_fingerprint(config.model.base), {})]
     folders = [config.folder, *runs]
     if checkpoints:
-        columns += [_column(path, None) for path in checkpoints]
+        columns += [_column(run.state(path), None, run) for path in checkpoints]
     else:
         for folder in folders:
             if folder != config.folder and not folder.is_dir():
@@ -59,7 +60,7 @@ def sample(
             f"{config.folder}: holds no checkpoint to draw", hint=f"train first: sdclr train {loaded.typed}"
         )
     _say_who_has_another_base(columns, config.model)
-    target = output or RunFolder(config.folder).samples
+    target = output or run.samples
     pictures = draw_missing(config, columns, target / "cells")
     scores = _scored(loaded, columns, pictures, score) if score else None
     if scores:
@@ -150,14 +151,14 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
         troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
-    return [_column(c.path, run_name) for c in (*troughs, *others)]
+    return [_column(c.path, run_name, RunFolder(folder)) for c in (*troughs, *others)]
 
 
-def _column(path: Path, run_name: str | None) -> Column:
+def _column(path: Path, run_name: str | None, run: RunFolder) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ or a LoRA inside. Raises InputError when it is neither."""
     from sdclr.engine.checkpoint import kept_in
 
-    checkpoint, identity = kept_in(path), model_fingerprint(str(path))
+    checkpoint, identity = kept_in(path, run.checkpoints), model_fingerprint(str(path))
     if checkpoint is None:
         return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})
     info = checkpoint.info()

@@ -12,7 +12,7 @@ from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, write_text
-from sdclr.engine.plan import Plan, describe, make_plan, read_inputs
+from sdclr.engine.plan import Plan, cautions, describe, make_plan, read_inputs
 from sdclr.errors import InputError
 from sdclr.report import console
 
@@ -42,17 +42,19 @@ def train(
             plan, start = make_plan(loaded, inputs), None
             resuming.refuse_to_overwrite(folder, loaded.typed)
         else:
-            start = resuming.resume_point(folder, checkpoint, loaded.typed)
+            start = resuming.resume_point(folder, checkpoint and folder.state(checkpoint), loaded.typed)
             plan = resuming.plan_again(loaded, inputs, start)
             resuming.refuse_other_mathematics(folder, resolved(loaded.config, plan), plan, start, overrides)
             resuming.refuse_other_inputs(start, loaded.config, inputs)
-        write_text(folder.config, source.dump(resolved(loaded.config, plan)))
+        write_text(folder.config, in_full(loaded.config, plan))
         return plan, start
 
     with together.held_by_main(folder.locked("train")):
         plan, start = together.on_main(planned)
         config = resolved(loaded.config, plan)
         console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
+        for caution in cautions(loaded.config, plan):
+            console.warn(caution)
         config = settle_memory(config, inputs)
         from sdclr.engine.session import Session
 
@@ -61,6 +63,14 @@ def train(
         session.finish()
     console.result(str(folder.final))
     console.say(f"curves: {folder.report}; compare the kept states: sdclr sample {loaded.typed}")
+
+
+def in_full(config: RunConfig, plan: Plan) -> str:
+    """The resolved config as YAML, with a line on where what was `auto` comes from."""
+    whence = f"max_lr and steps: {plan.source}" if "auto" in (config.schedule.max_lr, config.train.steps) else ""
+    kappa = f"steps: train.kappa {config.train.kappa:g}" if config.train.steps == "auto" else ""
+    said = "; ".join(filter(None, (whence, kappa)))
+    return (f"# {said}\n" if said else "") + source.dump(resolved(config, plan))
 
 
 def resolved(config: RunConfig, plan: Plan) -> RunConfig:

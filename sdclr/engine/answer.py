@@ -11,7 +11,7 @@ import numpy as np
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
-from sdclr.engine.plan import make_schedule, peak_below, steps_to_exposure
+from sdclr.engine.plan import make_schedule, peak_below, peak_end, steps_to_exposure
 from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import Arm, Bounds, Reason
 from sdclr.report import console, page
@@ -62,6 +62,9 @@ def with_run(answer: dict[str, Any], config: RunConfig, inputs: Inputs) -> dict[
     try:
         steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * answer["best_exposure"]["value"])
         schedule = make_schedule(config, per_epoch, steps, peak)
+        problem = peak_end(config, schedule)
+        if problem:
+            raise InputError(f"it {problem}", hint="set the schedule otherwise")
     except InputError as problem:
         console.warn(f"no run follows from the answer: {problem.message}\n  {problem.hint}")
         return answer
@@ -90,7 +93,8 @@ def tell(answer: dict[str, Any], as_json: bool) -> None:
 
 
 def refuse_inconclusive(answer: dict[str, Any], who: str) -> None:
-    """Raise Inconclusive (exit 3) where the answer is that, with its reasons and the first one's remedy."""
+    """Raise Inconclusive (exit 3) where the answer is that, with its reasons and their remedies."""
     if answer["verdict"] != "conclusive":
         texts = "; ".join(reason["text"] for reason in answer["reasons"])
-        raise Inconclusive(f"{who} cannot say: {texts}", hint=answer["reasons"][0]["remedy"])
+        remedies = dict.fromkeys(reason["remedy"] for reason in answer["reasons"])
+        raise Inconclusive(f"{who} cannot say: {texts}", hint="; or ".join(remedies))

@@ -167,14 +167,15 @@ def available(folder: Path, kinds: Iterable[str] = KINDS) -> list[Checkpoint]:
     return sorted((c for c in found if c and c.kind in kinds), key=lambda c: (c.step, c.kind))
 
 
-def kept_in(path: Path) -> Checkpoint | None:
-    """The checkpoint that a folder is, verified; None for another folder with a unet/ or a LoRA inside. Raises InputError for anything else, and
-    where it is damaged."""
+def kept_in(path: Path, beside: Path) -> Checkpoint | None:
+    """The checkpoint that a folder is, verified; None for another folder with a unet/ or a LoRA inside. Raises InputError, naming those in
+    the folder `beside`, for anything else, and where it is damaged."""
     if not (path / "unet").is_dir() and not (path / adapters.FILE).is_file():
         what = f"is neither a checkpoint nor a diffusers folder (it has no unet/, and no {adapters.FILE})"
         hint = (
             those_in(path.parent)
             or those_in(path / "checkpoints")
+            or those_in(beside)
             or "sdclr train leaves them in runs/<name>/checkpoints/, and its models in final/ and best/"
         )
         raise InputError(f"{path}: {what if path.exists() else 'there is no such folder'}", hint=hint)

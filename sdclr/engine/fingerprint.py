@@ -43,6 +43,18 @@ def another_base(stored: dict[str, Any], model: ModelSection) -> str | None:
     return str(stored.get("config", {}).get("model", {}).get("base"))
 
 
+def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Every dotted key whose value differs between two dumped configs or fingerprints, with both values."""
+    found: list[tuple[str, Any, Any]] = []
+    for key in dict.fromkeys((*before, *after)):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += changed(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append((f"{prefix}{key}", a, b))
+    return found
+
+
 BESIDE_WEIGHTS = ("model_index.json", "*/*config.json", "*/tokenizer.json", "*/vocab.json", "*/merges.txt")
 """The files of a diffusers folder that hold no weights, and that what it computes depends on."""
 

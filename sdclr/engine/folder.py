@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -33,6 +34,14 @@ class RunFolder:
         self.final = path / "final"
         self.best = path / "best"
         self.report = path / "report.html"
+
+    def state(self, named: Path) -> Path:
+        """The folder of a kept state: as it is named, or one of this run's own: `best`, `final`, or a checkpoint by its name or how that begins."""
+        if named.exists() or len(named.parts) != 1:
+            return named
+        fitting = [path for path in sorted(self.checkpoints.glob(f"{glob.escape(named.name)}*")) if path.is_dir()]
+        own = self.path / named
+        return own if own.is_dir() else fitting[0] if len(fitting) == 1 else named
 
     @contextlib.contextmanager
     def locked(self, what: str) -> Iterator[None]:

@@ -19,7 +19,7 @@ from sdclr.data import pairs
 from sdclr.data.batches import Batches, Inputs
 from sdclr.data.dataset import shape_for, size_of, views
 from sdclr.data.pairs import Pair, Split, printable
-from sdclr.engine.fingerprint import fingerprint, sampled
+from sdclr.engine.fingerprint import changed, fingerprint, sampled
 from sdclr.engine.folder import RunFolder, read_json
 from sdclr.errors import ConfigError, DataError, InputError
 from sdclr.lr.exposure import steps_for
@@ -33,18 +33,22 @@ MUCH_IS_SEEN = 0.9
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run's length, schedule and cadence, in optimizer steps; `best_exposure` and `source` are of the range test that was used."""
+    """A run's length, schedule and cadence, in optimizer steps; `best_exposure`, `ceiling` and `source` are of the range test that was used.
+    Of a run that goes on, `done` steps have collected the exposure `collected`, at whatever rates."""
 
     schedule: Schedule
     steps: int
     validate_every: int
     save_every: int | None
     best_exposure: float | None
+    ceiling: float | None
     source: Path | None
+    done: int = 0
+    collected: float = 0.0
 
     @property
     def exposure(self) -> float:
-        return float(self.schedule.rates().sum())
+        return self.collected + float(self.schedule.rates()[self.done :].sum())
 
     @property
     def kappa(self) -> float | None:
@@ -131,9 +135,18 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
     if steps > MAX_STEPS:
         raise ConfigError([loaded.problem("train.steps", f"comes to {steps:,} optimizer steps; at most {MAX_STEPS:,}")])
     schedule = make_schedule(config, per_epoch, steps, peak)
-    if schedule.ends_near_peak and not config.schedule.allow_peak_end:
+    if not schedule.rates().any():
         raise ConfigError(
-            [loaded.problem("schedule", _peak_end(schedule))], hint="or accept it: --set schedule.allow_peak_end=true"
+            [
+                loaded.problem(
+                    "schedule", f"collects no exposure: all of its {steps} steps are at a rate of 0; {_shape(schedule)}"
+                )
+            ]
+        )
+    problem = peak_end(config, schedule)
+    if problem:
+        raise ConfigError(
+            [loaded.problem("schedule", problem)], hint="or accept it: --set schedule.allow_peak_end=true"
         )
     return Plan(
         schedule=schedule,
@@ -141,6 +154,7 @@ def make_plan(loaded: LoadedConfig, inputs: Inputs) -> Plan:
         validate_every=config.validation.every.in_steps(per_epoch),
         save_every=config.checkpoint.every.in_steps(per_epoch) if config.checkpoint.every else None,
         best_exposure=best,
+        ceiling=measured[1]["ceiling"]["lr"] if measured else None,
         source=measured[0] if measured else None,
     )
 
@@ -184,10 +198,15 @@ def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, 
     return next((f for f in fitting if f[1].get("verdict") == "conclusive"), next(iter(fitting), None))
 
 
-def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The keys of a fingerprint that a range test does not agree in; one that is older than a key counts as having it off."""
+def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What a range test's fingerprint does not agree in, with its value and ours; one that is older than a key counts as having it off."""
     theirs = result.get("fingerprint") or {}
-    return [key for key in ours if theirs.get(key) != ours[key]]
+    return changed({key: theirs.get(key) for key in ours}, ours)
+
+
+def _in_words(key: str, theirs: Any, ours: Any) -> str:
+    hashes = {"images": "pictures or captions", "model": "the model's weights", "model_settings": "the model's configs"}
+    return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"
 
 
 def _range_tests(config: RunConfig) -> list[tuple[Path, dict[str, Any]]]:
@@ -212,8 +231,7 @@ def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
     text = f"{what}: auto needs a range test of this model, these images and this optimizer, and {config.run.output_dir} holds none that fits"
     ours = fingerprint(config, inputs)
     for path, result in _range_tests(config)[:3]:
-        theirs = result.get("fingerprint", {})
-        differing = [f"{key} ({theirs.get(key)} there, {ours[key]} here)" for key in _differing(result, ours)]
+        differing = [_in_words(*each) for each in _differing(result, ours)]
         text += f"\n  {path}: differs in {', '.join(differing)}"
     return text
 
@@ -237,11 +255,23 @@ def steps_to_exposure(config: RunConfig, per_epoch: float, peak: float, target: 
     )
 
 
-def _peak_end(schedule: Schedule) -> str:
+def peak_end(config: RunConfig, schedule: Schedule) -> str | None:
+    """What is wrong with a schedule that ends near its peak, unless the config accepts that."""
+    if not schedule.ends_near_peak or config.schedule.allow_peak_end:
+        return None
     whole = "a whole number of cycles" if schedule.start == "low" else "a whole number of cycles and a half"
+    better = (
+        "give it fewer: a cycle of less than 4 steps cannot rise and fall"
+        if schedule.half_cycle < 2
+        else f"give it {whole}"
+    )
+    return f"ends near its peak: the last step would be at {schedule(schedule.steps - 1):.3g} of {schedule.max_lr:.3g}; {_shape(schedule)}; {better}"  # fmt: skip
+
+
+def _shape(schedule: Schedule) -> str:
+    length = f"{schedule.steps} step{'s' * (schedule.steps != 1)}"
     return (
-        f"ends near its peak: {schedule.steps} steps are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:g} that start {schedule.start}, "
-        f"and the last step would be at {schedule(schedule.steps - 1):.3g} of {schedule.max_lr:.3g}; give it {whole}"
+        f"{length} are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:.4g} steps that start {schedule.start}"
     )
 
 
@@ -287,17 +317,37 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
     shape = s.policy
     if s.half_cycle:
         shape += f", {s.cycles:.4g} cycles of {2 * s.half_cycle:.4g} steps, starting {s.start}"
-    lowest = f"{s.base_lr:.3g} to " if s.policy != "constant" else ""
+    rates = s.rates()
+    lowest = f"{rates.min():.3g} to " if rates.min() < rates.max() else ""
     kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
     return [
         *rows,
         ("steps", f"{plan.steps} ({plan.steps / b.steps_per_epoch:.4g} epochs)"),
         ("schedule", shape),
-        ("learning rate", f"{lowest}{s.max_lr:.3g}; the last step is at {s(plan.steps - 1):.3g}"),
+        ("learning rate", f"{lowest}{rates.max():.3g}; the last step is at {s(plan.steps - 1):.3g}"),
         ("exposure", f"{plan.exposure:.3g}{kappa}"),
         ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
         ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
     ]
+
+
+def cautions(config: RunConfig, plan: Plan) -> list[str]:
+    """What the user may not have meant, though it can be done."""
+    found, s = [], plan.schedule
+    if plan.ceiling and s.max_lr > plan.ceiling:
+        times = s.max_lr / plan.ceiling
+        found.append(
+            f"schedule.max_lr {s.max_lr:.3g} is {times:.{1 if times < 10 else 0}f} times the ceiling of {plan.ceiling:.3g} that {plan.source} has measured"
+        )
+    if config.train.steps == "auto" and plan.kappa and not 0.8 < plan.kappa / config.train.kappa < 1.25:
+        found.append(
+            f"the plan comes to κ = {plan.kappa:.2f}, and train.kappa is {config.train.kappa:g}: at peaks of {s.max_lr:.3g} whole cycles of these few steps come no nearer"
+        )
+    if s.policy in ("constant", "linear") and s.warmup >= plan.steps:
+        found.append(
+            f"schedule.warmup of {s.warmup} steps does not end within the run of {plan.steps}: max_lr is never reached"
+        )
+    return found
 
 
 def _shapes(config: RunConfig, split: Split) -> list[tuple[str, str]]:

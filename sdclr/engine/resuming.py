@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
 
+from sdclr.config import source
 from sdclr.config.kinds import Section, Span
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data.batches import Inputs
 from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
-from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.fingerprint import changed, fingerprint
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import NoRangeTest, Plan, make_plan
 from sdclr.errors import CheckpointError, InputError
@@ -66,10 +68,12 @@ def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoin
 
 def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> Plan:
     """The plan of a run that goes on from `start`. Where no range test says any more what `auto` is, it stays what the run began with."""
+    info = start.info()
+    done = {"done": start.step, "collected": info["exposure"]}
     try:
-        return make_plan(loaded, inputs)
+        return dataclasses.replace(make_plan(loaded, inputs), **done)
     except NoRangeTest as problem:
-        info, config = start.info(), loaded.config
+        config = loaded.config
         max_lr, steps = info["config"]["schedule"]["max_lr"], info["config"]["train"]["steps"]
         first_line = problem.message.splitlines()[0]
         console.warn(f"{first_line}; the run goes on with what it began with: schedule.max_lr {max_lr:.3g}, train.steps {steps}")  # fmt: skip
@@ -80,7 +84,8 @@ def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> Plan:
             train = train.model_copy(update={"steps": Span(value=steps, unit="steps")})
         begun = config.model_copy(update={"schedule": schedule, "train": train})
         plan = make_plan(dataclasses.replace(loaded, config=begun), inputs)
-        return dataclasses.replace(plan, best_exposure=info["exposure"] / info["kappa"] if info.get("kappa") else None)
+        best = info["exposure"] / info["kappa"] if info.get("kappa") else None
+        return dataclasses.replace(plan, best_exposure=best, **done)
 
 
 def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:
@@ -103,27 +108,41 @@ def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:
 def refuse_other_mathematics(
     folder: RunFolder, config: RunConfig, plan: Plan, start: Checkpoint, overrides: Sequence[str]
 ) -> None:
-    """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values."""
+    """A resumed run must compute what the stored one would have; differences to the checkpoint's config are named with both values.
+
+    Other rates that are asked for with --set are taken, with a warning.
+    """
     stored = start.info()["config"]
     before = {
         name: _defaults(section) | stored.get(name, {}) for name, section in RunConfig.model_fields.items()
     }  # it may be older than a key
+    if plan.steps < start.step:
+        raise CheckpointError(
+            f"the plan has {plan.steps} steps, and {start.step} are done",
+            hint=f"go on for longer: --set train.steps={2 * start.step}, or start another run: --set run.name=...",
+        )
     accepted = tuple(o.partition("=")[0].strip() for o in overrides)
     same_rates = _rates_as_used(folder, start.step, plan)
-    clashes = []
-    if plan.steps < start.step:
-        clashes.append(f"train.steps is {plan.steps} in the config, and {start.step} steps are done")
-    for key, stored, given in changed(before, config.model_dump(mode="json")):
+    clashes: list[str] = []
+    back: list[str] = []
+    for key, old, new in changed(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
         if key.startswith(accepted) and not key.startswith(NEVER):
             continue
-        asked = "" if key.startswith(NEVER) else f"; to accept the change: --set {key}={given}"
-        clashes.append(f"{key} is {given} in the config, and the run was started with {stored}{asked}")
+        asked = "" if key.startswith(NEVER) else f"; to accept the change: --set {shlex.quote(f'{key}={_typed(new)}')}"
+        clashes.append(f"{key} is {_typed(new)} in the config, and the run was started with {_typed(old)}{asked}")
+        back += ["--set", f"{key}={_typed(old)}"]
     if clashes:
-        raise CheckpointError(
-            "\n".join(clashes), hint="put the stored values back, or start another run: --set run.name=..."
-        )
+        hint = f"put back what it was started with: {shlex.join(back)}\nor start another run: --set run.name=..."
+        raise CheckpointError("\n".join(clashes), hint=hint)
+    if not same_rates and start.step < plan.steps:
+        console.warn(f"the rates of this plan are not those of the first {start.step} steps; from step {start.step + 1} on it goes at {plan.schedule(start.step):.3g}")  # fmt: skip
+
+
+def _typed(value: Any) -> str:
+    """As it would be typed in a config; a number that was planned, to as many digits as tell."""
+    return f"{value:.6g}" if isinstance(value, float) else source.dump_value(value)
 
 
 def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) -> None:
@@ -139,18 +158,6 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
         clashes.append(f"{place}: its configs or tokenizers are not those that the run was started with")
     if clashes:
         raise CheckpointError("\n".join(clashes), hint="put them back, or start another run: --set run.name=...")
-
-
-def changed(before: dict[str, Any], after: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
-    """Every dotted key whose value differs between two dumped configs, with both values."""
-    found: list[tuple[str, Any, Any]] = []
-    for key in dict.fromkeys((*before, *after)):
-        a, b = before.get(key), after.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += changed(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append((f"{prefix}{key}", a, b))
-    return found
 
 
 def _defaults(section: FieldInfo) -> dict[str, Any]:

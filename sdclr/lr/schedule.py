@@ -108,8 +108,8 @@ class Schedule:
         """Whether a cyclic run's last step lies in the upper half of its cycle, where weights are noisiest."""
         if not self.half_cycle:
             return False
-        u = (self.steps - self.first_trough) / (2 * self.half_cycle) % 1.0
-        return 0.25 < u < 0.75
+        since_trough = (self.steps - 1 - self.first_trough) / (2 * self.half_cycle) % 1.0
+        return 0.25 + 1e-9 < since_trough < 0.75 - 1e-9
 
 
 def _group_scale(groups: Sequence[Group], cycles_done: float) -> float:

@@ -47,7 +47,7 @@ def _exposure(result: dict[str, Any]) -> Iterator[Paragraph]:
     yield (
         "Exposure, and how much of it is best",
         (
-            f"Exposure is the sum of the learning rates of all steps. Slow training at {lr:.2g} had all but 2 % of its "
+            f"Exposure is the sum of the learning rates of all steps. Training at {lr:.2g} had all but 2 % of its "
             f"gain at an exposure of {best['value']:.3g}: about {best['value'] / lr:,.0f} steps at that rate, or {best['value'] / (2 * lr):,.0f} at twice the "
             "rate, because below the ceiling it is the sum that counts. Had other pictures been held out, it would lie between "
             f"{best['interval'][0]:.3g} and {best['interval'][1]:.3g} (95 %, by resampling them). More exposure than this buys little, and soon learns the "
@@ -63,15 +63,16 @@ def _ceiling(result: dict[str, Any]) -> Iterator[Paragraph]:
     arm = arms[0]
     text = (
         f"{len(arms)} arms at constant rates from {arm['lr']:.2g} to {arms[-1]['lr']:.2g} started from the untouched model, each with a fresh optimizer and the "
-        "same pictures, noise and timesteps by step, and went to the same exposure. An arm's excess is what it lost there against slow training, "
+        "same pictures, noise and timesteps by step, and went to the same exposure (or for one step, where that is more). An arm's excess is what it lost there against slow training, "
         "as a share of what slow training had gained by then. "
     )
     text += "; ".join(_arm(arm) for arm in arms) + "."
     if ceiling and best:
         low, high = ceiling["bracket"]
         text += (
-            f" So the ceiling lies above {low:.2g}, the largest rate that is surely good enough, and below {high:.2g}, the smallest that surely is not; "
-            f"{ceiling['lr']:.2g} is where the excess, as a rising line through the arms, passes the tolerance."
+            f" Admissible is an arm that surely loses less than the tolerance (range_test.tolerance), or where that cannot be told at most half of it; "
+            f"inadmissible one that surely loses more, is ragged, or no better than the untouched model. So the ceiling lies above {low:.2g}, the largest "
+            f"admissible rate, and below {high:.2g}, the smallest inadmissible one; {ceiling['lr']:.2g} is where the excess, as a rising line through the arms, passes the tolerance."
         )
     yield "The ceiling", text
 

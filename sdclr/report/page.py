@@ -51,7 +51,10 @@ def range_test(name: str, result: dict[str, Any], picture: bytes) -> str:
         sections.insert(0, {"title": "Why it cannot say", "header": ("what", "what would help"), "rows": rows})
     if result["recommended"]:
         sections.append({"title": "What follows for a run", "code": snippet(result)})
-    text = "Excess: how much worse a rate is than the slow reference after the same exposure, as a share of the gain."
+    text = (
+        "Excess: how much worse a rate is than the slow reference after the same exposure, as a share of the gain. Admissible: surely below the "
+        "tolerance, or at most half of it; inadmissible: surely above it, ragged, or no better than the untouched model."
+    )
     sections.append({"title": "Arms", "text": text, "header": ARM_HEADER, "rows": arm_rows(result)})
     sections += [{"title": title, "text": text} for title, text in explain.answer(result)]
     text = f"{cost['train_steps']} train steps, {cost['validation_forwards']} validation forwards, {cost['seconds']:.0f} seconds"

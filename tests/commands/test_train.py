@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -403,7 +404,7 @@ def test_a_longer_run_of_the_same_step_size_resumes_and_equals_one_that_was_long
 
 def test_a_run_shorter_than_what_is_done_is_refused(stopped):
     stopped.write_text(stopped.read_text().replace("{steps: 8}", "{steps: 4}"))
-    with pytest.raises(CheckpointError, match=r"train\.steps is 4.*6 steps are done"):
+    with pytest.raises(CheckpointError, match="the plan has 4 steps, and 6 are done"):
         train(stopped, resume=True)
 
 
@@ -563,3 +564,41 @@ def test_a_run_whose_range_test_can_no_longer_say_goes_on_with_what_it_began_wit
     assert sorted(c.path.name for c in available(runs(path) / "checkpoints", ("trough",))) == sorted(
         c.path.name for c in available(runs(path, "whole") / "checkpoints", ("trough",))
     )
+
+
+def test_other_rates_asked_for_are_taken_with_a_warning_and_exposure_counts_what_was_collected(stopped, capsys):
+    folder = runs(stopped)
+    done = [r for r in metrics.read(folder / "metrics.jsonl") if r["kind"] == "step"]
+    train(stopped, ["train.steps=12", "schedule.max_lr=2e-3"], resume=True)
+    said = capsys.readouterr().err
+    assert f"the rates of this plan are not those of the first {len(done)} steps; from step {len(done) + 1} on" in said
+    steps = [r for r in metrics.read(folder / "metrics.jsonl") if r["kind"] == "step"]
+    planned = float(re.search(r"exposure +([0-9.e-]+)", said)[1])
+    assert planned == pytest.approx(steps[-1]["exposure"], rel=1e-2)
+    assert steps[-1]["exposure"] != pytest.approx(3 * 4e-3, rel=0.05)
+
+
+def test_a_change_that_is_refused_says_how_to_put_it_back(stopped):
+    stopped.write_text(stopped.read_text() + "optimizer: {betas: [0.5, 0.9]}\n")
+    with pytest.raises(CheckpointError) as problem:
+        train(stopped, resume=True)
+    assert "optimizer.betas is [0.5, 0.9] in the config, and the run was started with [0.9, 0.999]" in str(
+        problem.value
+    )
+    assert "--set 'optimizer.betas=[0.9, 0.999]'" in str(problem.value.hint)
+
+
+def test_the_config_of_a_planned_run_says_where_its_numbers_are_from(config):
+    path = config("schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto, kappa: 2}")
+    loaded = source.load(path)
+    result = runs(path) / "range-test" / "result.json"
+    result.parent.mkdir(parents=True)
+    found = {
+        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 1e-3, "interval": [1e-3, 3e-3]},
+        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+    }  # fmt: skip
+    result.write_text(json.dumps(found))
+    train(path)
+    text = (runs(path) / "config.yaml").read_text()
+    assert text.startswith(f"# max_lr and steps: {result}; steps: train.kappa 2\n")
+    assert source.load(runs(path) / "config.yaml").config.train.steps.value == 8

@@ -17,9 +17,8 @@ from PIL import Image
 from sdclr.config.source import LoadedConfig, load
 from sdclr.data.batches import Inputs
 from sdclr.engine.answer import with_run
-from sdclr.engine.fingerprint import fingerprint
-from sdclr.engine.plan import Plan, describe, make_plan, read_inputs
-from sdclr.engine.resuming import changed
+from sdclr.engine.fingerprint import changed, fingerprint
+from sdclr.engine.plan import Plan, cautions, describe, make_plan, read_inputs
 from sdclr.errors import ConfigError, DataError, InputError
 
 BASE = {
@@ -124,8 +123,10 @@ def test_everydreams_automatic_warm_up_is_a_fiftieth_of_its_step_size(
 def test_a_plan_that_ends_near_the_peak_is_refused_at_the_schedule_unless_accepted(write: Write) -> None:
     schedule = "{policy: triangular, max_lr: 1e-3, cycles: 5.5}"
     found = problem(lambda: plan_of(write(schedule=schedule, train="{steps: 110}")))
-    assert found.startswith("c.yaml:5:1: schedule ends near its peak: 110 steps are 5.5 cycles of 20 that start low")
-    assert "the last step would be at 0.0009 of 0.001; give it a whole number of cycles" in found
+    assert found == (
+        "c.yaml:5:1: schedule ends near its peak: the last step would be at 0.0009 of 0.001; "
+        "110 steps are 5.5 cycles of 20 steps that start low; give it a whole number of cycles"
+    )
     assert plan_of(
         write(schedule=schedule[:-1] + ", allow_peak_end: true}", train="{steps: 110}")
     ).schedule.ends_near_peak
@@ -137,7 +138,7 @@ def test_everydreams_end_is_told_in_the_cycles_that_its_warm_up_leaves(write: Wr
             write(schedule="{policy: everydream, max_lr: 1e-6, step_size: 50, warmup: 20}", train="{steps: 140}")
         )
     )
-    assert "140 steps are 2 cycles of 60 that start peak" in found
+    assert "140 steps are 2 cycles of 60 steps that start peak" in found
 
 
 @pytest.mark.parametrize(
@@ -405,3 +406,54 @@ def test_a_constant_rate_is_said_as_one_number(write: Write) -> None:
     loaded = write(schedule="{policy: constant, max_lr: 1.0e-5}")
     rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
     assert rows["learning rate"] == "1e-05; the last step is at 1e-05"
+
+
+@pytest.mark.parametrize(
+    ("steps", "cycles", "words"),
+    [
+        (20, 20, "collects no exposure: all of its 20 steps are at a rate of 0; 20 steps are 20 cycles of 1 steps"),
+        (1, 4, "collects no exposure: all of its 1 steps are at a rate of 0; 1 step are"),
+        (100, 50, "a cycle of less than 4 steps cannot rise and fall"),
+        (3, 4, "ends near its peak: the last step would be at 0.000667 of 0.001"),
+        (90, 30, "ends near its peak"),
+    ],
+)
+def test_cycles_of_a_few_steps_that_train_nothing_or_end_high_are_refused(write: Write, steps, cycles, words) -> None:
+    loaded = write(schedule=f"{{policy: triangular, max_lr: 1e-3, cycles: {cycles}}}", train=f"{{steps: {steps}}}")
+    assert words in problem(lambda: plan_of(loaded))
+
+
+@pytest.mark.parametrize(("steps", "cycles"), [(80, 20), (40, 3), (101, 4), (65, 8)])
+def test_cycles_of_four_steps_and_more_are_planned(write: Write, steps: int, cycles: int) -> None:
+    plan_of(write(schedule=f"{{policy: triangular, max_lr: 1e-3, cycles: {cycles}}}", train=f"{{steps: {steps}}}"))
+
+
+def test_a_plan_far_beyond_what_was_measured_is_said(write: Write) -> None:
+    loaded = write(schedule="{policy: triangular, cycles: 4}", train="{steps: auto}")
+    save_range_test(loaded)
+    assert cautions(loaded.config, plan_of(loaded)) == []
+    fast = write(schedule="{policy: triangular, max_lr: 1.9, cycles: 4}", train="{steps: 80}")
+    (said,) = cautions(fast.config, plan_of(fast))
+    assert said.startswith("schedule.max_lr 1.9 is 1900 times the ceiling of 0.001 that ")
+    short = write(schedule="{policy: constant, max_lr: 1e-2}", train="{steps: auto, kappa: 0.2}")
+    above, kappa = cautions(short.config, plan_of(short))
+    assert "10 times the ceiling" in above
+    assert "the plan comes to κ = 0.50, and train.kappa is 0.2" in kappa
+    late = write(schedule="{policy: linear, max_lr: 1e-4, warmup: 500}", train="{steps: 100}")
+    (said,) = cautions(late.config, plan_of(late))
+    assert "does not end within the run of 100" in said
+    assert "0.0001" not in dict(describe(late.config, read_inputs(late), plan_of(late)))["learning rate"]
+
+
+def test_what_a_range_test_differs_in_is_said_key_by_key(write: Write) -> None:
+    save_range_test(write())
+    other = write(
+        optimizer="{name: sgd, momentum: 0.5}", data="{images: images, resolution: 64}", train="{steps: auto}"
+    )
+    said = problem(lambda: plan_of(other), InputError)
+    assert "data.resolution (32 there, 64 here)" in said
+    assert "optimizer.name (adamw there, sgd here)" in said
+    assert "optimizer.momentum (0.9 there, 0.5 here)" in said
+    assert "{" not in said
+    Path("images/00.txt").write_text("another caption")
+    assert "pictures or captions" in problem(lambda: plan_of(write(train="{steps: auto}")), InputError)
