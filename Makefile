@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 demo: install  ## range-test, train and sample on the embedded model and images
 	$(BIN)/sdclr range-test configs/demo.yaml
-	$(BIN)/sdclr train configs/demo.yaml
+	test -d runs/mochi/final || $(BIN)/sdclr train configs/demo.yaml $$(ls -d runs/mochi/checkpoints/step-* >/dev/null 2>&1 && echo --resume)
 	$(BIN)/sdclr sample configs/demo.yaml
 	@echo "look at: runs/mochi/range-test/report.html, runs/mochi/report.html and runs/mochi/samples/index.html"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,10 @@ def _write(
     if scores:
         text = f"By {score}: mean ± spread over the pictures of a column; likeness and obedience are cosines, variety is 1 − cosine."
         sections.append({"title": "Scores", "text": text, "header": SCORE_HEADER, "rows": _score_rows(columns, scores)})
-    sections.append({"title": "Settings", "code": json.dumps(record["settings"])})
+    settings = {
+        name: "×".join(map(str, value)) if name == "size" else value for name, value in record["settings"].items()
+    }
+    sections.append({"title": "Settings", "rows": [(name, value) for name, value in settings.items() if value != ""]})
     lead = "Same prompt, same seed, same starting noise in each row."
     write_text(target / "index.html", page.render(f"Samples of {config.run.name}", lead, sections))
     return target / "grid.png"

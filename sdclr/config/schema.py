@@ -402,7 +402,7 @@ class RunConfig(Section):
         validation = info.data.get("validation")
         if validation and validation.fraction == 0 and checkpoint.best:
             if "best" in checkpoint.model_fields_set:
-                raise problem("needs a validation split, and validation.fraction is 0", at="best")
+                raise problem("needs a validation split, and validation.fraction is 0: set it to false", at="best")
             return checkpoint.model_copy(update={"best": False})
         return checkpoint
 

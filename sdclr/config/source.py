@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from sdclr.config import elsewhere
 from sdclr.config.kinds import Span, show_span
 from sdclr.config.schema import RunConfig
 from sdclr.errors import ConfigError
@@ -122,7 +123,8 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def _text_of(path: Path) -> str:
-    hint = f"write a commented one for your images: sdclr init path/to/images --output {path}"
+    config = f"{path}.yaml" if path.is_dir() else path
+    hint = f"write a commented one for your images: sdclr init {path if path.is_dir() else 'path/to/images'} --output {config}"
     if not path.is_file():
         raise ConfigError(
             [f"{path}: there is no such config file" if not path.exists() else f"{path}: is not a file"], hint
@@ -312,10 +314,9 @@ def _in_words(detail: ErrorDetails, words: Sequence[str]) -> str:
     kind, ctx, value = detail["type"], detail.get("ctx", {}), detail["input"]
     if kind == "extra_forbidden":
         *section, key = detail["loc"]
-        near = difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.6)
-        return "is not a known key" + (
-            f"; did you mean {near[0]}?" if near else f"; known here: {', '.join(_keys(section))}"
-        )
+        near = _elsewhere(section, str(key)) or difflib.get_close_matches(str(key), _keys(section), n=1, cutoff=0.6)
+        instead = f"did you mean {' or '.join(near)}?" if near else f"known here: {', '.join(_keys(section))}"
+        return f"is not a known key; {instead}"
     if kind == "missing":
         return "is missing"
     if kind == "too_short":
@@ -351,6 +352,14 @@ def _wanted(kind: str, ctx: dict[str, Any]) -> str | None:
     if kind in ("string_too_long", "string_too_short"):
         return None
     return next((words for prefix, words in kinds.items() if kind.startswith(prefix)), None)
+
+
+def _elsewhere(section: Sequence[str | int], key: str) -> list[str]:
+    """Where a key that is not known in its section belongs: by this name in other sections, or by the name that other trainers have for it."""
+    if len(section) > 1:
+        return []
+    ours = [f"{name}.{key}" for name in RunConfig.model_fields if [name] != list(section) and key in _keys([name])]
+    return ours or [elsewhere.KEYS[key.lower()]] if ours or key.lower() in elsewhere.KEYS else []
 
 
 def _keys(section: Sequence[str | int]) -> list[str]:

@@ -28,6 +28,10 @@ class Shape(NamedTuple):
         wider = self.width * height / (self.height * width)
         return min(wider, 1 / wider)
 
+    def scale(self, width: int, height: int) -> float:
+        """The factor by which a picture is resized so that it covers this shape."""
+        return max(self.width / width, self.height / height)
+
 
 @functools.cache
 def shapes(resolution: int, aspect: str) -> tuple[Shape, ...]:
@@ -96,7 +100,7 @@ def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "
         image = to_rgb(ImageOps.exif_transpose(opened))
     width, height = image.size
     shape = shape_for(width, height, resolution, aspect)
-    scale = max(wanted / side for wanted, side in zip(shape, image.size, strict=True))
+    scale = shape.scale(width, height)
     covering = [max(wanted, round(side * scale)) for wanted, side in zip(shape, image.size, strict=True)]
     image = image.resize(covering, Image.Resampling.LANCZOS)
     spare = np.array(image.size) - shape

@@ -31,11 +31,12 @@ MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One picture and its caption; `key` is the path relative to the folder, with forward slashes."""
+    """One picture and its caption; `key` is the path relative to the folder, with forward slashes. `by_name`: the caption is the file's name."""
 
     path: Path
     key: str
     caption: str
+    by_name: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +72,10 @@ def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
         if problem:
             found.append(f"{_shown(folder, paths[0])}: {problem}")
         caption = _caption(folder, paths[0], captions.get(stem, []), default_caption, found)
-        pairs.append(Pair(paths[0], key, caption))
+        by_name = default_caption is None and stem not in captions
+        pairs.append(Pair(paths[0], key, caption, by_name))
     if not images and not found:
-        found.append(
-            f"{folder}: holds no pictures (looked for {', '.join(sorted(Image.registered_extensions())[:8])}, ...)"
-        )
+        found.append(f"{folder}: holds no pictures (looked for .png, .jpg, .webp, .tif and all else that Pillow reads)")
     if found:
         raise DataError(found, hint=f"{len(found)} problem(s) in {folder}; nothing was trained")
     return sorted(pairs, key=lambda pair: pair.key)

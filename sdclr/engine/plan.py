@@ -7,6 +7,7 @@ what is done.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ TWO_FIFTHS = 0.4
 """Of twenty pictures eight are held out in a range test: S* is placed twice as well as by four, at the same cost (README)."""
 MUCH_IS_SEEN = 0.9
 """Squares that show more than this of the pictures are not worth a word."""
+ENLARGED = 1.25
+"""Pictures that are resized by less than this are as good as large enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +81,9 @@ def read_inputs(
         held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
         place = "batch.size" if not split.validation or len(found) < size else key
         problems.append(
-            loaded.problem(place, f"leaves {len(split.train)} images to train on, and a batch needs {size}{held}")
+            loaded.problem(
+                place, f"leaves {_counted(len(split.train), 'image')} to train on, and a batch needs {size}{held}"
+            )
         )
     if (measuring or fraction > 0) and not split.validation:
         instead = "raise it" if measuring else "raise it, or set 0 to train without validation"
@@ -255,6 +260,10 @@ def steps_to_exposure(config: RunConfig, per_epoch: float, peak: float, target: 
     )
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
 def peak_end(config: RunConfig, schedule: Schedule) -> str | None:
     """What is wrong with a schedule that ends near its peak, unless the config accepts that."""
     if not schedule.ends_near_peak or config.schedule.allow_peak_end:
@@ -269,10 +278,7 @@ def peak_end(config: RunConfig, schedule: Schedule) -> str | None:
 
 
 def _shape(schedule: Schedule) -> str:
-    length = f"{schedule.steps} step{'s' * (schedule.steps != 1)}"
-    return (
-        f"{length} are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:.4g} steps that start {schedule.start}"
-    )
+    return f"{_counted(schedule.steps, 'step')} are {schedule.cycles:.4g} cycles of {2 * schedule.half_cycle:.4g} steps that start {schedule.start}"
 
 
 def _uneven(size: int, processes: int) -> str:
@@ -308,7 +314,7 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
-    rows[1:1] = _shapes(config, split)
+    rows[1:1] = [*_captions(split), *_shapes(config, split)]
     if config.lora.rank:
         rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:
@@ -350,10 +356,45 @@ def cautions(config: RunConfig, plan: Plan) -> list[str]:
     return found
 
 
+def _captions(split: Split) -> list[tuple[str, str]]:
+    """Where captions come from, if some are names; and what the folders' names do not say here."""
+    pairs = (*split.train, *split.validation)
+    named, rows = [pair for pair in pairs if pair.by_name], []
+    if named:
+        example = f'{named[0].path.name}: "{named[0].caption}"'
+        rows.append(
+            (
+                "captions",
+                f"{len(pairs) - len(named)} from files, {len(named)} from the pictures' names ({printable(Path(example))})",
+            )
+        )
+    repeated = sorted(
+        {folder for pair in pairs if re.match(r"\d+_", folder := pair.key.partition("/")[0]) and "/" in pair.key}
+    )
+    if repeated:
+        rows.append(
+            (
+                "repeats",
+                f"none: {', '.join(repeated[:3])} {'are names of folders' if len(repeated) > 1 else 'is the name of a folder'}, and every picture in {'them' if len(repeated) > 1 else 'it'} counts once",
+            )
+        )
+    return rows
+
+
 def _shapes(config: RunConfig, split: Split) -> list[tuple[str, str]]:
-    """What the pictures are cut to; of squares only where that takes much away."""
+    """What the pictures are cut to, of squares only where that takes much away; and which are too small."""
     data = config.data
     sizes = [size_of(pair.path) for pair in (*split.train, *split.validation)]
+    rows = []
+    growth = [shape_for(*size, data.resolution, data.aspect).scale(*size) for size in sizes]
+    small = [factor for factor in growth if factor > ENLARGED]
+    if small:
+        rows.append(
+            (
+                "enlarged",
+                f"{len(small)} of {len(sizes)} pictures, up to {max(small):.2g} times: they are smaller than what is trained on, and will look soft",
+            )
+        )
 
     def kept(aspect: str) -> float:
         return sum(shape_for(*size, data.resolution, aspect).keeps(*size) for size in sizes) / len(sizes)
@@ -361,7 +402,7 @@ def _shapes(config: RunConfig, split: Split) -> list[tuple[str, str]]:
     if data.aspect == "buckets":
         counts = Counter(shape_for(*size, data.resolution, data.aspect) for size in sizes)
         listed = ", ".join(f"{n} of {shape.width}×{shape.height}" for shape, n in counts.most_common())
-        return [("shapes", f"{listed}: {kept('buckets'):.0%} of the pictures is seen")]
+        return [("shapes", f"{listed}: {kept('buckets'):.0%} of the pictures is seen"), *rows]
     if kept("square") > MUCH_IS_SEEN:
-        return []
-    return [("shapes", f"squares, which show {kept('square'):.0%} of the pictures; data.aspect: buckets would show {kept('buckets'):.0%}")]  # fmt: skip
+        return rows
+    return [("shapes", f"squares, which show {kept('square'):.0%} of the pictures; data.aspect: buckets would show {kept('buckets'):.0%}"), *rows]  # fmt: skip

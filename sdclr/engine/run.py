@@ -75,6 +75,7 @@ class Run:
         assert (inputs.batches.rank, inputs.batches.processes) == (self.processes.rank, self.processes.count)
         self.parts = components.load(config.model, to_train=True)
         self._say_what_is_cut()
+        self._say_what_is_unused()
         self._encoder = Encoder(config, self.parts, self.device)
         components.prepare_for_training(self.parts, config.model, self.device)
         if config.lora.rank:
@@ -182,6 +183,12 @@ class Run:
             console.warn(
                 f"captions are cut at the {length} tokens that this model reads: of {', '.join(named[:3])}{more}"
             )
+
+    def _say_what_is_unused(self) -> None:
+        unused = self.parts.unused
+        if unused and self.processes.main:
+            more = f" and {len(unused) - 3} more" if len(unused) > 3 else ""
+            console.warn(f"{self.config.model.base}: holds weights that this kind of model has no place for, and that are not used: {', '.join(unused[:3])}{more}")  # fmt: skip
 
     def _encode(self) -> None:
         data, held = self.config.data, self.inputs.split.validation

@@ -29,6 +29,8 @@ WEIGHTS = {
 """The stem of each part's weights file in a diffusers folder."""
 CONFIGS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0")
 """Where a single file may take its configs from: Stable Diffusion 1.x, SDXL."""
+LORA = "pytorch_lora_weights"
+A_LORA = "is a LoRA, small matrices beside a model's weights; name the model itself"
 MODEL_HINT = f"model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as {' or '.join(CONFIGS)}"
 
 
@@ -105,6 +107,8 @@ def refuse_other_kind(config: ModelSection, index: dict[str, Any]) -> None:
     """Raise InputError where a single file is SDXL and its model.config is not, or the other way round."""
     with safe_open(config.base, framework="pt") as file:
         names = list(file.keys())
+    if any(".lora_" in name or name.startswith("lora_") for name in names):
+        raise InputError(f"model.base {config.base}: {A_LORA}", hint=MODEL_HINT)
     second = any(name.startswith("conditioner.embedders.1.") for name in names)
     if second != is_xl(index) and any(name.startswith("model.diffusion_model.") for name in names):
         older = "Stable Diffusion 1.x or 2.x"
@@ -196,6 +200,8 @@ def _odd_noise(parts: Components) -> Iterator[str]:
 
 def problems_of(folder: Path) -> list[str]:
     """What is missing or damaged in a diffusers folder, a line each."""
+    if not (folder / INDEX).is_file() and (folder / f"{LORA}.safetensors").is_file():
+        return [f"model.base {folder}: {A_LORA}"]
     if not (folder / INDEX).is_file():
         return [f"model.base {folder}: is not a diffusers folder ({INDEX} is missing)"]
     found = _json_problems(folder / INDEX)

@@ -21,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +40,7 @@ class Components:
     """The parts of one Stable Diffusion, in fp32 unless `load` says otherwise; `noise_scheduler` is the diffusion's, not the learning rate's.
 
     SDXL has a second tokenizer and text encoder, and may want zeros, rather than an empty caption's encoding, where there is no caption.
+    `unused` are weights that a folder holds and that no part has a place for.
     """
 
     tokenizer: CLIPTokenizer
@@ -50,6 +52,7 @@ class Components:
     tokenizer_2: CLIPTokenizer | None = None
     text_encoder_2: CLIPTextModelWithProjection | None = None
     zeros_for_no_caption: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def is_xl(self) -> bool:
@@ -372,6 +375,9 @@ def _from_folder_or_hub(config: ModelSection, index: dict[str, Any], in_bf16: tu
         noise_scheduler=DDPMScheduler.from_pretrained(base, subfolder="scheduler", **options),
         sampler=_sampler(base, **options),
         zeros_for_no_caption=_zeros_for_no_caption(index),
+        unused=tuple(
+            f"{part}/{name}" for part, (_, info) in loaded.items() for name in sorted(info["unexpected_keys"])
+        ),
         **tokenizers,
         **{part: module for part, (module, _) in loaded.items()},
     )
@@ -420,7 +426,8 @@ def _sampler(base: str, **options: Any) -> Any:
     """The sampler that the model's own scheduler_config names."""
     config = DDPMScheduler.load_config(base, subfolder="scheduler", **options)
     kind: Any = getattr(diffusers, str(config.get("_class_name")), None)
-    if not hasattr(kind, "from_config"):
+    is_scheduler = isinstance(kind, type) and issubclass(kind, SchedulerMixin)
+    if not is_scheduler:
         raise InputError(f"model.base {base}: diffusers knows no scheduler {config.get('_class_name')!r}", MODEL_HINT)
     return kind.from_config(config)
 

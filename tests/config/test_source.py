@@ -149,7 +149,8 @@ def test_a_missing_file_a_folder_and_a_huge_file_are_said_so(tmp_path: Path, mon
         with pytest.raises(ConfigError) as caught:
             load(name)
         assert caught.value.problems == [f"{name}: {message}"]
-        assert f"sdclr init path/to/images --output {name}" in str(caught.value.hint)
+        command = "folder --output folder.yaml" if name == "folder" else f"path/to/images --output {name}"
+        assert f"sdclr init {command}" in str(caught.value.hint)
 
 
 def test_a_config_of_too_many_nodes_is_refused(problems: Any) -> None:
@@ -416,3 +417,36 @@ def test_of_300_damaged_configs_each_loads_or_is_a_config_error_with_a_place(rea
             assert all(problem.startswith("c.yaml:") for problem in error.problems), text
             assert all("\n" not in problem for problem in error.problems), text
     assert 150 < refused < 300
+
+
+def test_other_trainers_words_lead_to_keys_that_there_are():
+    from sdclr.config.elsewhere import KEYS
+
+    for theirs, ours in KEYS.items():
+        section, _, key = ours.partition(":")[0].partition(".")
+        assert key in RunConfig.model_fields[section].annotation.model_fields, (theirs, ours)
+        assert theirs not in RunConfig.model_fields
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("learning_rate: 1e-4", "learning_rate is not a known key; did you mean schedule.max_lr?"),
+        (
+            "train: {max_train_epochs: 5}",
+            "train.max_train_epochs is not a known key; did you mean train.steps: 10 epochs?",
+        ),
+        ("network_dim: 8", "did you mean lora.rank?"),
+        ("caption_dropout: 0.1", "caption_dropout is not a known key; did you mean data.caption_dropout?"),
+        ("train: {max_lr: 1}", "did you mean schedule.max_lr?"),
+        ("model: {base: m, resolution: 512}", "model.resolution is not a known key; did you mean data.resolution?"),
+        ("run: {name: a, steps: 3}", "run.steps is not a known key; did you mean train.steps or sample.steps?"),
+    ],
+)
+def test_a_key_of_another_place_or_program_is_known_there(tmp_path, given, said):
+    sections = {"run": "run: {name: a}", "model": "model: {base: m}", "data": "data: {images: i}"}
+    sections[given.partition(":")[0]] = given
+    (tmp_path / "c.yaml").write_text("\n".join(sections.values()))
+    with pytest.raises(ConfigError) as problem:
+        load(tmp_path / "c.yaml")
+    assert said in str(problem.value)

@@ -352,7 +352,7 @@ def test_the_description_says_the_numbers_of_the_plan(write: Write) -> None:
     assert rows["schedule"] == "triangular, 4 cycles of 20 steps, starting low"
     assert rows["learning rate"] == "0 to 0.001; the last step is at 0.0001"
     assert rows["exposure"] == "0.04"
-    assert list(dict(describe(loaded.config, inputs, None))) == ["images", "batch"]
+    assert list(dict(describe(loaded.config, inputs, None))) == ["images", "captions", "batch"]
 
 
 def test_changed_lists_every_dotted_key_that_differs() -> None:
@@ -457,3 +457,19 @@ def test_what_a_range_test_differs_in_is_said_key_by_key(write: Write) -> None:
     assert "{" not in said
     Path("images/00.txt").write_text("another caption")
     assert "pictures or captions" in problem(lambda: plan_of(write(train="{steps: auto}")), InputError)
+
+
+def test_the_plan_says_which_captions_are_names_and_which_pictures_are_enlarged(write: Write) -> None:
+    loaded = write()
+    rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
+    assert rows["captions"] == '0 from files, 20 from the pictures\' names (01.png: "01")'
+    assert "enlarged" not in rows
+    for path in list(Path("images").glob("*.png")):
+        path.with_suffix(".txt").write_text("words")
+    Path("images/3_mine").mkdir()
+    Image.new("RGB", (20, 24), "red").save("images/3_mine/odd.png")
+    loaded = write()
+    rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
+    assert rows["captions"] == '20 from files, 1 from the pictures\' names (odd.png: "odd")'
+    assert rows["enlarged"].startswith("1 of 21 pictures, up to 1.6 times")
+    assert rows["repeats"] == "none: 3_mine is the name of a folder, and every picture in it counts once"

@@ -350,3 +350,23 @@ def test_a_saved_pipeline_loads_again_with_the_same_weights_and_holds_safetensor
         ours, theirs = getattr(parts, name).state_dict(), getattr(again, name).state_dict()
         assert all(torch.equal(ours[key], tensor) for key, tensor in theirs.items())
     assert {p.suffix for p in (tmp_path / "saved").rglob("*") if p.is_file()} == {".json", ".safetensors"}
+
+
+def test_a_lora_is_no_model(tmp_path, model):
+    save_file({"unet.down.lora_A.weight": torch.zeros(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    refused(tmp_path, "is a LoRA, small matrices beside a model's weights; name the model itself")
+    save_file({"lora_unet_down.lora_down.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="is a LoRA"):
+        components.load(ModelSection(base=str(tmp_path / "x.safetensors"), config=str(model)))
+
+
+def test_weights_that_have_no_place_are_named_by_whoever_loads(copy):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(file) | {"conv_extra.weight": torch.zeros(2)}, file, metadata={"format": "pt"})
+    assert components.load(section(copy)).unused == ("unet/conv_extra.weight",)
+
+
+def test_what_is_no_scheduler_is_refused(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("DDIMScheduler", "AutoencoderKL"))
+    refused(copy, "diffusers knows no scheduler 'AutoencoderKL'")
