@@ -12,6 +12,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -27,8 +29,8 @@ from sdclr.engine import processes
 from sdclr.engine.answer import as_answer, refuse_inconclusive, tell, with_run
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
-from sdclr.engine.plan import describe, read_inputs
+from sdclr.engine.folder import RunFolder, read_json, storage_errors, write_bytes, write_json, write_text
+from sdclr.engine.plan import describe, differing, read_inputs
 from sdclr.errors import Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
@@ -80,7 +82,7 @@ def range_test(
         from sdclr.engine.signals import StopRequest
 
         console.table(describe(config, inputs, None), title=f"range test of {config.run.name}")
-        together.on_main(lambda: write_text(folder.range_test / "config.yaml", source.dump(config)))
+        together.on_main(lambda: _begin(folder, config, fingerprint(config, trained)))
         run = Run(settle_memory(config, inputs, keeps_base=True), inputs)
         run.compile_for()
         minutes = max_minutes or config.range_test.max_minutes
@@ -103,6 +105,27 @@ def range_test(
         )
     refuse_inconclusive(result, "the range test")
     console.say(f"next: sdclr train {loaded.typed}")
+
+
+def _begin(folder: RunFolder, config: RunConfig, asked: dict[str, Any]) -> None:
+    """Write the config; what answers another question (of another model, of other pictures) is put aside first, where it still serves."""
+    try:
+        answered = read_json(folder.range_test / "result.json").get("fingerprint") or {}
+    except InputError:
+        answered = {}
+    if answered and differing(answered, asked):
+        aside = (
+            folder.range_test
+            / "earlier"
+            / hashlib.blake2b(json.dumps(answered, sort_keys=True).encode()).hexdigest()[:8]
+        )
+        with storage_errors(aside):
+            aside.mkdir(parents=True, exist_ok=True)
+            for name in ("config.yaml", "range_test.png", "report.html", "result.json"):
+                if (folder.range_test / name).is_file():
+                    (folder.range_test / name).replace(aside / name)
+        console.say(f"what another range test has answered here is kept in {aside}")
+    write_text(folder.range_test / "config.yaml", source.dump(config))
 
 
 @dataclasses.dataclass

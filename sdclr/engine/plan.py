@@ -199,13 +199,14 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
 def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
     """A range test whose fingerprint fits: a conclusive one if there is any, this run's own before the newest of the runs beside it."""
     ours = fingerprint(config, inputs)
-    fitting = [(path, result) for path, result in _range_tests(config) if not _differing(result, ours)]
+    fitting = [
+        (path, result) for path, result in _range_tests(config) if not differing(result.get("fingerprint") or {}, ours)
+    ]
     return next((f for f in fitting if f[1].get("verdict") == "conclusive"), next(iter(fitting), None))
 
 
-def _differing(result: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """What a range test's fingerprint does not agree in, with its value and ours; one that is older than a key counts as having it off."""
-    theirs = result.get("fingerprint") or {}
     return changed({key: theirs.get(key) for key in ours}, ours)
 
 
@@ -216,7 +217,8 @@ def _in_words(key: str, theirs: Any, ours: Any) -> str:
 
 def _range_tests(config: RunConfig) -> list[tuple[Path, dict[str, Any]]]:
     own = RunFolder(config.folder).range_test / "result.json"
-    others = [p for p in config.run.output_dir.glob("*/range-test/result.json") if p != own]
+    places = ("*/range-test/result.json", "*/range-test/earlier/*/result.json")
+    others = [path for place in places for path in config.run.output_dir.glob(place) if path != own]
     ordered = [own, *sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)]
     results = []
     for path in ordered:
@@ -236,8 +238,8 @@ def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
     text = f"{what}: auto needs a range test of this model, these images and this optimizer, and {config.run.output_dir} holds none that fits"
     ours = fingerprint(config, inputs)
     for path, result in _range_tests(config)[:3]:
-        differing = [_in_words(*each) for each in _differing(result, ours)]
-        text += f"\n  {path}: differs in {', '.join(differing)}"
+        unlike = [_in_words(*each) for each in differing(result.get("fingerprint") or {}, ours)]
+        text += f"\n  {path}: differs in {', '.join(unlike)}"
     return text
 
 

@@ -19,7 +19,7 @@ from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import read_json
-from sdclr.engine.plan import read_inputs
+from sdclr.engine.plan import find_range_test, read_inputs
 from sdclr.errors import ConfigError, Inconclusive, InputError
 
 SHORT = "range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}\nvalidation: {fraction: 0.3, timesteps_per_image: 2}"
@@ -335,3 +335,18 @@ def test_steps_that_fp16_skips_give_no_point_and_no_traceback(config, monkeypatc
     for stored in (path.parent / "runs" / "tiny" / "range-test" / "arms").glob("*.json"):
         exposure = read_json(stored)["exposure"] if stored.stem != "base" else [1.0]
         assert all(b > a for a, b in zip([0.0, *exposure], exposure, strict=False))
+
+
+def test_an_answer_to_another_question_is_put_aside_and_still_serves(config):
+    path = config(SHORT + "\ntrain: {steps: auto}\nschedule: {policy: triangular, cycles: 2}")
+    run(path)
+    folder = path.parent / "runs" / "tiny" / "range-test"
+    first = (folder / "result.json").read_bytes()
+    run(path, "optimizer.weight_decay=0.5")
+    (aside,) = (folder / "earlier").iterdir()
+    assert (aside / "result.json").read_bytes() == first
+    assert {p.name for p in aside.iterdir()} == {"config.yaml", "range_test.png", "report.html", "result.json"}
+    loaded = source.load(path)
+    assert find_range_test(loaded.config, read_inputs(loaded))[0] == aside / "result.json"
+    run(path, "optimizer.weight_decay=0.5")  # the same question again
+    assert len(list((folder / "earlier").iterdir())) == 1
