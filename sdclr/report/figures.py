@@ -40,21 +40,47 @@ def range_test(
 def _exposure_panel(
     axes: Any, base: float, curves: Sequence[tuple[float, np.ndarray, np.ndarray]], result: dict[str, Any]
 ) -> None:
-    curves = sorted(curves, key=lambda c: c[0])
-    shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(curves)))
+    relative = [
+        (lr, exposure, losses.mean(axis=1) / base)
+        for lr, exposure, losses in sorted(curves, key=lambda c: (c[0], -len(c[1])))
+    ]
+    seen = np.concatenate([means for _, _, means in relative])
+    low = float(np.min(seen, where=np.isfinite(seen), initial=1.0))
+    bottom, top = low - 0.06 * (1 - low), 1 + max(0.05, 0.35 * (1 - low))
+    axes.set_ylim(bottom, top)
+    rates = sorted({lr for lr, _, _ in relative})
+    shades = dict(zip(rates, matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(rates))), strict=True))
     reference = (result.get("reference") or {}).get("lr")
-    for (lr, exposure, losses), shade in zip(curves, shades, strict=True):
-        means = losses.mean(axis=1) / base
+    named: set[float] = set()
+    for lr, exposure, means in relative:
         is_reference = lr == reference and len(means) > 5
+        # Several arms of one rate have one entry, and those that lie above the frame none.
+        label = (
+            "_" if lr in named or not (means <= top).any() else f"{lr:.1e}" + (" (reference)" if is_reference else "")
+        )
+        named |= {lr} if label != "_" else set()
         axes.plot(
-            exposure, means, color=shade, lw=2.6 if is_reference else 1.6, marker="o", ms=3.2, zorder=3,
-            label=f"{lr:.1e}" + (" (reference)" if is_reference else ""),
-        )  # fmt: skip
+            exposure,
+            means,
+            color=shades[lr],
+            lw=2.6 if is_reference else 1.6,
+            marker="o",
+            ms=3.2,
+            zorder=3,
+            label=label,
+        )
     axes.axhline(1, color=MUTED, lw=1, ls=":")
-    means = np.concatenate([losses.mean(axis=1) / base for _, _, losses in curves])
-    low = float(np.min(means, where=np.isfinite(means), initial=1.0))
-    axes.set_ylim(low - 0.06 * (1 - low), 1 + max(0.05, 0.35 * (1 - low)))
-    axes.text(0.01, 1, " untouched base", transform=axes.get_yaxis_transform(), va="bottom", color=MUTED, fontsize=9.5)
+    axes.text(
+        0.01,
+        1,
+        " untouched base",
+        transform=axes.get_yaxis_transform(),
+        va="bottom",
+        color=MUTED,
+        fontsize=9.5,
+        zorder=4,
+        bbox={"color": "white", "alpha": 0.8, "pad": 0.5},
+    )
     best = result.get("best_exposure")
     if best:
         axes.axvspan(*best["interval"], color=PALETTE[4], alpha=0.22, lw=0)
@@ -86,11 +112,21 @@ def _excess_panel(axes: Any, result: dict[str, Any], tolerance: float) -> None:
     for verdict, (colour, marker) in looks.items():
         some = [a for a in arms if a["verdict"] == verdict]
         if some:
-            lrs, values = [a["lr"] for a in some], np.clip([a["excess"] for a in some], -clip, clip)
             low = [-clip if a["low"] is None else max(-clip, a["low"]) for a in some]
             high = [clip if a["high"] is None else min(clip, a["high"]) for a in some]
-            axes.vlines(lrs, low, high, color=colour, lw=1.6, alpha=0.7)
-            axes.plot(lrs, values, marker, color=colour, ms=8, label=verdict, zorder=3)
+            axes.vlines([a["lr"] for a in some], low, high, color=colour, lw=1.6, alpha=0.7)
+            within, above = [a for a in some if a["excess"] <= clip], [a["lr"] for a in some if a["excess"] > clip]
+            values = [max(-clip, a["excess"]) for a in within]
+            axes.plot(
+                [a["lr"] for a in within],
+                values,
+                marker,
+                color=colour,
+                ms=8,
+                label=verdict if within else "_",
+                zorder=3,
+            )
+            axes.plot(above, [clip] * len(above), "^", color=colour, ms=10, zorder=3, label="_" if within else verdict)
     axes.axhline(tolerance, color=MUTED, lw=1.2, ls="--", label=f"tolerance {tolerance:.0%}")
     axes.axhline(0, color=MUTED, lw=1)
     ceiling = result.get("ceiling")
