@@ -104,7 +104,7 @@ def write_config(path: Path, model: Path, pictures: Path, runs: Path, extra: str
         "data": f"{{images: '{pictures}', resolution: {SIDE}, flip: true}}",
         "validation": "{fraction: 0.2, every: 2, timesteps_per_image: 4}",
         "batch": "{size: 2}",
-        "schedule": "{policy: triangular, max_lr: 1e-3, cycles: 2}",
+        "schedule": "{policy: triangular, max_lr: 1e-3, cycles: 2, allow_peak_end: true}",
         "train": "{steps: 8}",
         "sample": "{prompts: [disc], seeds: [1], steps: 2}",
     }

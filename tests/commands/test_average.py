@@ -28,7 +28,7 @@ def averaged(tmp_path_factory, model, pictures) -> Path:
     from tiny import write_config
 
     folder = tmp_path_factory.mktemp("averaged")
-    extra = "schedule: {policy: triangular, max_lr: 1e-3, cycles: 3}\ntrain: {steps: 9}\ncheckpoint: {average: true}"
+    extra = "schedule: {policy: triangular, max_lr: 1e-3, cycles: 3, allow_peak_end: true}\ntrain: {steps: 9}\ncheckpoint: {average: true}"
     train(write_config(folder / "run.yaml", model, pictures, folder / "runs", extra))
     return folder
 

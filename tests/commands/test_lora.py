@@ -153,7 +153,7 @@ def test_another_rank_is_another_run(config):
     shutil.rmtree(folder_of(path) / "final")
     with pytest.raises(CheckpointError, match=r"lora.rank is 8 in the config, and the run was started with 4"):
         train(path, ["lora.rank=8"], resume=True)
-    with pytest.raises(CheckpointError, match=r"lora.rank is None in the config"):
+    with pytest.raises(CheckpointError, match=r"lora.rank is null in the config"):
         train(path, ["lora.rank=null", "lora.alpha=null"], resume=True)
 
 

@@ -386,16 +386,16 @@ def test_a_wrong_command_line_is_refused_once(tmp_path):
 
 
 def test_a_disk_that_refuses_the_last_save_ends_both_with_one_message(write, train, tmp_path, monkeypatch):
-    from sdclr.engine import checkpoint
+    from sdclr.engine import session
 
-    save = checkpoint.save
+    save = session.save
 
     def refuse_the_last(folder, kind, state, modules, info):
         if state.step == 3:
             raise StorageError("no room for step 3")
         return save(folder, kind, state, modules, info)
 
-    monkeypatch.setattr(checkpoint, "save", refuse_the_last)
+    monkeypatch.setattr(session, "save", refuse_the_last)
     ended = train(2, write(tmp_path, "train: {steps: 3}\nschedule: {policy: constant, max_lr: 1e-3}\ncheckpoint: {}"))
     assert ended.codes == (1, 1)
     assert ended.err.count("error: no room for step 3") == 1

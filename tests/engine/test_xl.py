@@ -441,7 +441,12 @@ def test_a_single_file_that_is_no_whole_model_is_refused(xl, tmp_path, name):
         "a cut one": {name: tensor for name, tensor in layout(xl).items() if "embedders.1" not in name},
     }
     save_file(tensors[name], tmp_path / "model.safetensors")
-    refused(tmp_path / "model.safetensors", "cannot be loaded|lack|is of Stable Diffusion 1", read=True, config=str(xl))
+    refused(
+        tmp_path / "model.safetensors",
+        "cannot be loaded|lack|is of Stable Diffusion 1|is a LoRA",
+        read=True,
+        config=str(xl),
+    )
 
 
 def test_models_of_another_kind_of_noise_or_latents_are_refused(copy):

@@ -18,7 +18,7 @@ def lab():
     from inject import Lab
 
     extra = """
-schedule: {policy: triangular, base_lr: 1e-2, max_lr: 1e-1, cycles: 2}
+schedule: {policy: triangular, base_lr: 1e-2, max_lr: 1e-1, cycles: 2, allow_peak_end: true}
 train: {steps: 4}
 validation: {fraction: 0.2, every: 1, timesteps_per_image: 2}
 checkpoint: {every: 1, keep_last: 1}

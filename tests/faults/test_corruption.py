@@ -141,14 +141,15 @@ def test_when_nothing_is_whole_nothing_is_overwritten(lab: Lab, finished: Path) 
 def test_a_kept_state_without_its_manifest_is_not_drawn(lab: Lab, finished: Path) -> None:
     """A folder that someone else wrote needs no manifest; a checkpoint that has lost it is damaged."""
     from sdclr.commands.sample import _column
+    from sdclr.engine.folder import RunFolder
     from sdclr.errors import InputError
 
     lab.reset(finished)
     best = next((lab.folder / "checkpoints").glob("best-000002*"))
     (best / "manifest.json").unlink()
     with pytest.raises(InputError, match=r"damaged: manifest\.json is missing"):
-        _column(best, None)
-    assert _column(lab.folder / "final", None).weights == lab.folder / "final"
+        _column(best, None, RunFolder(lab.folder))
+    assert _column(lab.folder / "final", None, RunFolder(lab.folder)).weights == lab.folder / "final"
 
 
 @thinned(50)
