@@ -33,6 +33,9 @@ KEPT, LIBRARIES = 0.55, 48 * 2**20
 """On the CPU: the share of gradients and activations that the C library holds beside them, in gaps between blocks and for kernels (between
 36 and 82 %, over batches of 1 to 8 and pictures of 128 to 256 pixels: tests/benchmarks/throughput.py --memory), and what is loaded and
 compiled with the first step."""
+KEPT_BY_FROZEN, KEPT_RECOMPUTED = 0.2, 2.4
+"""Of a LoRA on the CPU, which has next to no gradients to leave room for these: the share of the frozen weights that kernels keep copies of,
+and the share of activations in gaps where they are computed twice (eleven cases, as above)."""
 EIGHT_BITS_ON_CPU = 5
 """Tensors of fp32 and of a weight's size that bitsandbytes' update of it makes there; on a GPU it makes none."""
 
@@ -61,6 +64,7 @@ class Needs:
     draws: int
     encoding: int
     kept: float = 0.0
+    kept_training: float = 0.0
     recorded: bool = False
 
     @property
@@ -87,8 +91,9 @@ class Needs:
         """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
         is recorded, for its memory stays its own), and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
-        training = self.training.peak(batch)
-        return int((1 + self.kept) * (training + looking if self.recorded else max(training, looking)))
+        training_and_kept = (1 + self.kept_training) * self.training.peak(batch)
+        looking_and_kept = (1 + self.kept) * looking
+        return int(training_and_kept + looking_and_kept if self.recorded else max(training_and_kept, looking_and_kept))
 
     def largest(self, memory: int, most: int) -> int:
         """The largest batch up to `most` that fits; 0 when not even one sample does."""
@@ -133,8 +138,13 @@ def count(
             4 * sum(p.numel() for module in work.trained for p in module.parameters()) if config.lora.rank else 0
         )
         encoding = sum(frozen.values()) + max(encoding + weights, as_loaded)
-    kept, recorded = (KEPT if device.type == "cpu" else 0.0), graph.wanted(config, device, precision)
-    return Needs(lasting, trained, training, validation, draws, encoding, kept, recorded)
+        if config.lora.rank:
+            lasting["libraries"] += int(KEPT_BY_FROZEN * weights)
+    kept = kept_training = KEPT if device.type == "cpu" else 0.0
+    if kept and config.lora.rank and config.model.gradient_checkpointing is True:
+        kept_training = KEPT_RECOMPUTED
+    recorded = graph.wanted(config, device, precision)
+    return Needs(lasting, trained, training, validation, draws, encoding, kept, kept_training, recorded)
 
 
 def available(device: torch.device) -> int:

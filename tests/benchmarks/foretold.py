@@ -75,10 +75,16 @@ def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list
     if quick:
         return [demo, middle]
     sizes = ((128, 1), (192, 6), (256, 2), (256, 8))
+    twice = (LORA, *SMALLER)
     loras = [
         replace(middle, overrides=(LORA,)),
-        replace(middle, overrides=(LORA, *SMALLER)),
+        replace(middle, resolution=192, batch=6, overrides=(LORA,)),
+        replace(middle, resolution=256, batch=8, overrides=(LORA,)),
+        replace(middle, overrides=twice),
+        replace(middle, resolution=256, batch=2, overrides=twice),
+        replace(middle, resolution=256, batch=8, overrides=twice),
         replace(xl, overrides=(LORA,)),
+        replace(xl, overrides=twice),
     ]
     return [
         replace(demo, batch=4),
@@ -111,7 +117,7 @@ def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
     held_out = case.pictures // 5
     needs = memory.count(config, case.pictures - held_out, held_out, torch.device(device))
     if case.given_back:
-        needs = replace(needs, kept=0.0)
+        needs = replace(needs, kept=0.0, kept_training=0.0)
     found = {
         "model": case.model.name, "weights": needs.parts["weights"], "batch": case.batch, "resolution": case.resolution,
         "overrides": list(case.overrides), "foretold": needs.at(case.batch),

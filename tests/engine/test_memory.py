@@ -109,7 +109,7 @@ def test_an_update_in_the_backward_needs_no_gradients_and_eight_bits_a_quarter_o
 
 def test_what_is_recorded_keeps_its_memory_beside_that_of_validation(config):
     needs = needs_of(config(), only=4)
-    recorded = dataclasses.replace(needs, kept=0.0, recorded=True)
+    recorded = dataclasses.replace(needs, kept=0.0, kept_training=0.0, recorded=True)
     assert needs.validation
     assert recorded.working(4) == needs.training.peak(4) + needs.validation.peak(8)
 
