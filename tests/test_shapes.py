@@ -63,9 +63,9 @@ def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
     encoding = pictures[0] + needs.parts["encoders"]  # during which the UNet is not there yet
     recorded = not loaded.optimizer.fused_backward
     return (
-        dataclasses.replace(needs, parts=on_the_card, encoding=encoding, kept=0.0, kept_training=0.0, recorded=recorded).at(
-            loaded.batch.size
-        )
+        dataclasses.replace(
+            needs, parts=on_the_card, encoding=encoding, kept=0.0, kept_training=0.0, recorded=recorded
+        ).at(loaded.batch.size)
         / 2**30
     )
 

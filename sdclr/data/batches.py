@@ -20,7 +20,7 @@ from sdclr.seeding import derive, numpy_rng
 Item = TypeVar("Item")
 
 
-def together(items: Iterable[Item], alike: Callable[[Item], Hashable], most: int) -> list[list[Item]]:
+def in_groups(items: Iterable[Item], alike: Callable[[Item], Hashable], most: int) -> list[list[Item]]:
     """Items that go through the model at once: groups of at most `most` that are `alike` (of one shape), in the order they came in."""
     groups: dict[Hashable, list[Item]] = {}
     for item in items:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save_file
 
-from sdclr.data.batches import together
+from sdclr.data.batches import in_groups
 from sdclr.errors import StorageError
 
 KEYS = "keys"
@@ -45,7 +45,9 @@ class TensorCache:
 
     def put(self, entries: dict[str, Entry]) -> None:
         """Store entries, those of the same shapes as one pack; raises StorageError when the disk refuses."""
-        for group in together(entries, lambda key: tuple(t.shape for t in entries[key].values()), max(1, len(entries))):
+        for group in in_groups(
+            entries, lambda key: tuple(t.shape for t in entries[key].values()), max(1, len(entries))
+        ):
             self._put_pack({key: entries[key] for key in group})
 
     def _put_pack(self, entries: dict[str, Entry]) -> None:

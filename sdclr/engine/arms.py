@@ -15,7 +15,6 @@ from sdclr.data.cache import key_of
 from sdclr.engine.encoding import Encoded
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import read_json, write_json
-from sdclr.engine.loop import optimizer_steps
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
 from sdclr.errors import DivergenceError, InputError
@@ -96,17 +95,8 @@ class Bench:
         points: list[tuple[int, float, np.ndarray]] = []
         diverged = False
         wanted = next_point(self._gathered(name, lr, points, rates))
-        steps = optimizer_steps(
-            run.fresh_state(),
-            run.batches,
-            run.add_gradients,
-            lr_at,
-            most,
-            run.accelerator,
-            self.config.optimizer.max_grad_norm,
-        )
         try:
-            for result in steps:
+            for result in run.steps(run.fresh_state(), lr_at, most):
                 self.train_steps += 1
                 rates.append(result.lr)
                 self.heard(f"{name}: step {result.step}, lr {result.lr:.2g}")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sdclr.config.schema import RunConfig
-from sdclr.data.batches import together
+from sdclr.data.batches import in_groups
 from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.dataset import Seen, View, look
 from sdclr.data.pairs import Pair, printable
@@ -115,7 +115,7 @@ class Encoder:
                     except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
                         broken[pair.path] = first_line(error)
                     bar.advance()
-                for group in together(seen.items(), lambda item: item[1].pixels.shape, self.together):
+                for group in in_groups(seen.items(), lambda item: item[1].pixels.shape, self.together):
                     keys, pictures = zip(*group, strict=True)
                     unwritten |= zip(keys, self._encode_together(pictures), strict=True)
                 if len(unwritten) >= PACK or first + self.together >= len(missing):

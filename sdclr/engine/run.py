@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +18,13 @@ from accelerate.utils import AutocastKwargs
 from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
-from sdclr.data.batches import Inputs, Sample, together
+from sdclr.data.batches import Inputs, Sample, in_groups
 from sdclr.data.dataset import View, views
 from sdclr.data.pairs import printable
 from sdclr.engine import graph, optimizers, rounding, sharding
 from sdclr.engine.encoding import Encoded, Encoder
 from sdclr.engine.graph import Graph
-from sdclr.engine.loop import AddGradients, TrainState, gradients_of
+from sdclr.engine.loop import AddGradients, StepResult, TrainState, gradients_of, optimizer_steps
 from sdclr.engine.optimizers import InBackward
 from sdclr.engine.processes import Processes
 from sdclr.engine.validation import Draws, evaluate, fixed_draws
@@ -217,11 +217,16 @@ class Run:
             self._in_backward.append(InBackward(optimizer))
         return TrainState(self.wrapped, optimizer, in_backward=next(iter(self._in_backward), None))
 
+    def steps(self, state: TrainState, lr_at: Callable[[int], float], until: int) -> Iterator[StepResult]:
+        """Train a state to step `until`, at the rates `lr_at(step)`: see engine.loop."""
+        norm = self.config.optimizer.max_grad_norm
+        return optimizer_steps(state, self.batches, self.add_gradients, lr_at, until, self.accelerator, norm)
+
     def batches(self, step: int) -> list[Prepared]:
         """A step's micro-batches, each of pictures of one shape, on their way to the device."""
         planned = self.inputs.batches(step)
         samples = [sample for micro_batch in planned for sample in micro_batch]
-        groups = together(samples, lambda sample: self.train.mean[sample.index].shape, len(planned[0]))
+        groups = in_groups(samples, lambda sample: self.train.mean[sample.index].shape, len(planned[0]))
         return [self.prepare(group, len(group) * len(groups) / len(samples)) for group in groups]
 
     def prepare(self, samples: Sequence[Sample], share: float = 1.0) -> Prepared:

@@ -32,7 +32,6 @@ from sdclr.engine.checkpoint import (
 )  # fmt: skip
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder, as_umask_says, publish, storage_errors, sync_tree, write_bytes, write_text
-from sdclr.engine.loop import optimizer_steps
 from sdclr.engine.plan import Plan, describe
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
@@ -74,18 +73,10 @@ class Session:
         else:
             self._begin()
         stopped_early = self._should_stop_early()  # by the run that is being resumed
-        steps = optimizer_steps(
-            self.state,
-            self.run.batches,
-            self.run.add_gradients,
-            plan.schedule,
-            self.state.step if stopped_early else plan.steps,
-            self.run.accelerator,
-            config.optimizer.max_grad_norm,
-        )
+        until = self.state.step if stopped_early else plan.steps
         with StopRequest() as stop, console.progress("training", plan.steps, self.state.step) as bar:
             try:
-                for result in steps:
+                for result in self.run.steps(self.state, plan.schedule, until):
                     self.log.add("step", **dataclasses.asdict(result))
                     trough, last = result.step in self.troughs, result.step == plan.steps
                     if result.step % plan.validate_every == 0 or trough or last:

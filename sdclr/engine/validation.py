@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 
-from sdclr.data.batches import together
+from sdclr.data.batches import in_groups
 from sdclr.engine import sharding
 from sdclr.seeding import generator, numpy_rng
 
@@ -37,7 +37,7 @@ class Draws:
 
     def batches(self, size: int) -> list[list[int]]:
         """Draws that are measured together: `size` at most, all of one shape."""
-        return together(range(len(self)), lambda draw: self.noise[draw].shape, size)
+        return in_groups(range(len(self)), lambda draw: self.noise[draw].shape, size)
 
 
 def fixed_draws(

@@ -319,7 +319,7 @@ def test_one_held_out_picture_alone_has_no_interval_and_json_says_null(tmp_path,
 
 def test_steps_that_fp16_skips_give_no_point_and_no_traceback(config, monkeypatch):
     """Stands for a loss scale that is still too high: the first steps, and some later ones, move nothing."""
-    from sdclr.engine import arms
+    from sdclr.engine import run as runs
     from sdclr.engine.loop import optimizer_steps
 
     def skipping(state, batches, add_gradients, lr_at, until, accelerator, norm=None):
@@ -329,7 +329,7 @@ def test_steps_that_fp16_skips_give_no_point_and_no_traceback(config, monkeypatc
                 exposure += done.lr
             yield dataclasses.replace(done, exposure=exposure)
 
-    monkeypatch.setattr(arms, "optimizer_steps", skipping)
+    monkeypatch.setattr(runs, "optimizer_steps", skipping)
     path = config(SHORT)
     run(path)
     for stored in (path.parent / "runs" / "tiny" / "range-test" / "arms").glob("*.json"):
