@@ -68,7 +68,8 @@ class Interrupted(SdclrError):
 
 
 class Terminated(KeyboardInterrupt):
-    """A signal that ends the program where it is. No Exception: whoever takes any of these for a damaged file must not take this."""
+    """A signal that ends the program where it is. It is not an Exception, so that code which takes any Exception for a damaged file lets it
+    through."""
 
     def __init__(self, signal_number: int):
         super().__init__()

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config import source
-from sdclr.config.schema import RangeTestSection
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.plan import NoRangeTest, cautions, describe, make_plan, read_inputs
+from sdclr.engine.plan import NoRangeTest, make_plan, read_inputs
+from sdclr.engine.telling import cautions, describe
 from sdclr.report import console
 
 
@@ -23,9 +23,10 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
         if need_plan:
             raise
         missing = problem
+    tests = loaded.config.range_test
     if (
-        missing or loaded.config.range_test != RangeTestSection()
-    ):  # what is missing can be measured, or somebody wishes to
+        missing or tests.fraction != "auto" or tests.folds > 1
+    ):  # a range test is needed, or was set by hand: it must be possible
         read_inputs(loaded, measuring=True)
     settle_memory(loaded.config, inputs)
     if not need_plan:

@@ -12,8 +12,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -27,11 +25,12 @@ from sdclr.config.schema import RangeTestSection, RunConfig
 from sdclr.data.batches import Inputs
 from sdclr.engine import processes
 from sdclr.engine.answer import as_answer, refuse_inconclusive, tell, with_run
-from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.fingerprint import fingerprint, put_aside
 from sdclr.engine.fit import settle_batch, settle_memory
-from sdclr.engine.folder import RunFolder, read_json, storage_errors, write_bytes, write_json, write_text
-from sdclr.engine.plan import describe, differing, read_inputs
-from sdclr.errors import Inconclusive, InputError
+from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
+from sdclr.engine.plan import read_inputs
+from sdclr.engine.telling import describe
+from sdclr.errors import DivergenceError, Inconclusive, InputError
 from sdclr.lr.bounds import PAST, Arm, ArmVerdict, Bounds, Reason, analyse, has_passed_best, judge, least_exposure
 from sdclr.lr.exposure import implied_by_exponential_ramp, implied_by_linear_ramp
 from sdclr.lr.measured import Measured, at_steps
@@ -82,9 +81,10 @@ def range_test(
         from sdclr.engine.signals import StopRequest
 
         console.table(describe(config, inputs, None), title=f"range test of {config.run.name}")
-        together.on_main(lambda: _begin(folder, config, fingerprint(config, trained)))
         run = Run(settle_memory(config, inputs, keeps_base=True), inputs)
         run.compile_for()
+        if not legacy:
+            together.on_main(lambda: _begin(folder, config, fingerprint(config, trained)))
         minutes = max_minutes or config.range_test.max_minutes
         deadline = time.monotonic() + 60 * minutes if minutes else None
         with StopRequest() as stop, console.progress("range test", total=None) as bar:
@@ -108,22 +108,9 @@ def range_test(
 
 
 def _begin(folder: RunFolder, config: RunConfig, asked: dict[str, Any]) -> None:
-    """Write the config; what answers another question (of another model, of other pictures) is put aside first, where it still serves."""
-    try:
-        answered = read_json(folder.range_test / "result.json").get("fingerprint") or {}
-    except InputError:
-        answered = {}
-    if answered and differing(answered, asked):
-        aside = (
-            folder.range_test
-            / "earlier"
-            / hashlib.blake2b(json.dumps(answered, sort_keys=True).encode()).hexdigest()[:8]
-        )
-        with storage_errors(aside):
-            aside.mkdir(parents=True, exist_ok=True)
-            for name in ("config.yaml", "range_test.png", "report.html", "result.json"):
-                if (folder.range_test / name).is_file():
-                    (folder.range_test / name).replace(aside / name)
+    """Write the config, once what answers another question is put aside."""
+    aside = put_aside(folder.range_test, asked)
+    if aside:
         console.say(f"what another range test has answered here is kept in {aside}")
     write_text(folder.range_test / "config.yaml", source.dump(config))
 
@@ -186,6 +173,11 @@ def screen(bench: Pool, settings: RangeTestSection) -> tuple[float, float]:
         return min(arm.last_step + 2, steps)
 
     ramp = bench.arm("screen", high, exponential_ramp(low, high, steps), next_point)
+    if not len(ramp.rates):
+        raise DivergenceError(
+            f"the very first step, at the lowest rate of {low:.3g}, gives a loss or gradient that is not finite",
+            hint="set model.precision: fp32 (fp16 overflows with some models), or check the model with: sdclr check",
+        )
     lowest = float(ramp.exposure[int(np.argmin(ramp.means))]) if len(ramp.losses) else float(ramp.rates[-1])
     return float(ramp.rates[-1]), lowest
 

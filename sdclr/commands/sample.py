@@ -74,7 +74,7 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
     base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
     computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
-    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *(s.size or [config.data.resolution]))
+    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *_size(config))
     paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
     # By path, because two columns may hold the same weights: the best state is often a trough.
     missing = list({paths[cell]: cell for cell in reversed(wanted) if not _readable(paths[cell])}.values())

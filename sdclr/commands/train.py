@@ -12,7 +12,8 @@ from sdclr.config.schema import RunConfig
 from sdclr.engine import processes
 from sdclr.engine.fit import settle_batch, settle_memory
 from sdclr.engine.folder import RunFolder, write_text
-from sdclr.engine.plan import Plan, cautions, describe, make_plan, read_inputs
+from sdclr.engine.plan import Plan, make_plan, read_inputs
+from sdclr.engine.telling import cautions, describe
 from sdclr.errors import InputError
 from sdclr.report import console
 
@@ -34,31 +35,33 @@ def train(
     inputs = read_inputs(loaded, together.rank, together.count)
     folder = RunFolder(loaded.config.folder)
 
-    def planned() -> tuple[Plan, Checkpoint | None]:
-        """The plan, and where the run goes on from, once everything that speaks against starting it has been looked for."""
+    def planned() -> tuple[RunConfig, Plan, Checkpoint | None]:
+        """The config as it is planned by, the plan, and where the run goes on from, once everything that speaks against starting it has been
+        looked for."""
         from sdclr.engine import resuming
 
         if not resume:
-            plan, start = make_plan(loaded, inputs), None
+            config, plan, start = loaded.config, make_plan(loaded, inputs), None
             resuming.refuse_to_overwrite(folder, loaded.typed)
         else:
             start = resuming.resume_point(folder, checkpoint and folder.state(checkpoint), loaded.typed)
-            plan = resuming.plan_again(loaded, inputs, start)
-            resuming.refuse_other_mathematics(folder, resolved(loaded.config, plan), plan, start, overrides)
-            resuming.refuse_other_inputs(start, loaded.config, inputs)
-        write_text(folder.config, in_full(loaded.config, plan))
-        return plan, start
+            config, plan = resuming.plan_again(loaded, inputs, start)
+            resuming.refuse_other_mathematics(folder, resolved(config, plan), plan, start, overrides)
+            resuming.refuse_other_inputs(start, config, inputs)
+        write_text(folder.config, in_full(config, plan))
+        return config, plan, start
 
     with together.held_by_main(folder.locked("train")):
-        plan, start = together.on_main(planned)
-        config = resolved(loaded.config, plan)
-        console.table(describe(config, inputs, plan), title=f"{'resuming' if start else 'training'} {config.run.name}")
-        for caution in cautions(loaded.config, plan):
+        planned_by, plan, start = together.on_main(planned)
+        config = resolved(planned_by, plan)
+        rows = describe(config, inputs, plan)
+        console.table(rows, title=f"{'resuming' if start else 'training'} {config.run.name}")
+        for caution in cautions(planned_by, plan):
             console.warn(caution)
         config = settle_memory(config, inputs)
         from sdclr.engine.session import Session
 
-        session = Session(config, plan, folder, inputs, start.step if start else 0)
+        session = Session(config, plan, folder, inputs, rows)
         session.train(start, loaded.typed)
         session.finish()
     console.result(str(folder.final))

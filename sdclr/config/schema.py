@@ -345,7 +345,9 @@ class RunConfig(Section):
     def _one_shape_is_compiled(cls, data: DataSection, info: ValidationInfo) -> DataSection:
         model = info.data.get("model")
         if model and model.compile == "on" and data.aspect == "buckets":
-            raise problem("has many shapes, and model.compile: on would compile each; set that to auto", at="aspect")
+            raise problem(
+                "has many shapes, and model.compile: on would compile each; set model.compile: auto", at="aspect"
+            )
         return data
 
     @field_validator("lora")

@@ -359,7 +359,8 @@ def _elsewhere(section: Sequence[str | int], key: str) -> list[str]:
     if len(section) > 1:
         return []
     ours = [f"{name}.{key}" for name in RunConfig.model_fields if [name] != list(section) and key in _keys([name])]
-    return ours or [elsewhere.KEYS[key.lower()]] if ours or key.lower() in elsewhere.KEYS else []
+    theirs = [elsewhere.KEYS[key.lower()]] if key.lower() in elsewhere.KEYS else []
+    return [*theirs, *(each for each in ours if each not in theirs)]
 
 
 def _keys(section: Sequence[str | int]) -> list[str]:

@@ -35,8 +35,8 @@ class Shape(NamedTuple):
 
 @functools.cache
 def shapes(resolution: int, aspect: str) -> tuple[Shape, ...]:
-    """The shapes that pictures are cut to, the square first; of buckets none has more than resolution² pixels, a side longer than twice the
-    resolution, or one that is no multiple of 64 (below 512 pixels: of an eighth of the resolution, at least 8)."""
+    """The shapes that pictures are cut to, the square first. Buckets beside it have at most resolution² pixels, no side longer than twice the
+    resolution, and sides that are multiples of 64 (below 512 pixels: of an eighth of the resolution, rounded down to a multiple of 8)."""
     square = Shape(resolution, resolution)
     if aspect == "square":
         return (square,)
@@ -52,14 +52,13 @@ def shape_for(width: int, height: int, resolution: int, aspect: str) -> Shape:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at; of most kinds from the header alone."""
+    """Width and height of a picture as it is looked at, from its header alone: a PNG's orientation only where it stands before the pixels,
+    and a TIFF's as Pillow's release has it. Raises Pillow's errors for files that have no such header."""
     with Image.open(path) as image:
-        if image.format == "TIFF":  # Pillow turns these as it decodes them
-            return ImageOps.exif_transpose(image).size
-        if (
-            image.format == "PNG" and "exif" not in image.info
-        ):  # Pillow would decode it, to look for EXIF behind the pixels
+        if image.format == "TIFF":  # newer releases turn the size as they open it, and all of them as they decode it
             return image.size
+        if image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & image.info.keys():
+            return image.size  # without looking for EXIF behind the pixels, which would decode them
         on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         return image.size[::-1] if on_its_side else image.size
 

@@ -234,6 +234,7 @@ def _shown(folder: Path, path: Path) -> str:
     return printable(folder / _key(folder, path))
 
 
-def printable(path: Path) -> str:
+def printable(name: Path | str) -> str:
     """A name safe to print in one line, whatever characters it holds."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in path.as_posix())
+    text = name.as_posix() if isinstance(name, Path) else name
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

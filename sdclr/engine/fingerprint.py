@@ -1,13 +1,18 @@
-"""What a range test's answer and a kept state depend on, as short hashes: the base model, the pictures, the settings."""
+"""What a range test's answer and a kept state depend on, as short hashes: the base model, the pictures, the settings; and which of the
+answers that there are fits a config."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.batches import Inputs
+from sdclr.engine.folder import RunFolder, read_json, storage_errors
+from sdclr.errors import InputError
 
 
 def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
@@ -96,3 +101,60 @@ def sampled(path: Path, blocks: int = 64, size: int = 4096) -> bytes:
             file.seek(i * (total - size) // (blocks - 1))
             digest.update(file.read(size))
     return digest.digest()
+
+
+ANSWER = "result.json"
+
+
+def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
+    """A range test whose fingerprint fits: a conclusive one if there is any, this run's own before the newest of the runs beside it."""
+    ours = fingerprint(config, inputs)
+    fitting = [
+        (path, result) for path, result in range_tests(config) if not differing(result.get("fingerprint") or {}, ours)
+    ]
+    return next((f for f in fitting if f[1].get("verdict") == "conclusive"), next(iter(fitting), None))
+
+
+def range_tests(config: RunConfig) -> list[tuple[Path, dict[str, Any]]]:
+    """The answers of this run and of those beside it, the run's own first, then the newest."""
+    own = RunFolder(config.folder).range_test / ANSWER
+    found = []
+    for folder in config.run.output_dir.glob("*/range-test"):
+        for path in (place / ANSWER for place in answers_in(folder)):
+            with contextlib.suppress(InputError, OSError):  # damaged, or put aside just now
+                found.append((path != own, -path.stat().st_mtime, path, read_json(path)))
+    return [(path, result) for *_, path, result in sorted(found, key=lambda each: each[:3])]
+
+
+def answers_in(range_test: Path) -> list[Path]:
+    """The folders of a run's newest answer, and of those that were put aside for it."""
+    return [range_test, *sorted((range_test / "earlier").glob("*"))]
+
+
+def put_aside(range_test: Path, asked: dict[str, Any]) -> Path | None:
+    """Move what answers another question than the one of this fingerprint into a folder of its own, where it still serves; returns that."""
+    try:
+        answered = read_json(range_test / ANSWER).get("fingerprint") or {}
+    except InputError:
+        return None
+    if not answered or not differing(answered, asked):
+        return None
+    name = hashlib.blake2b(json.dumps(answered, sort_keys=True).encode(), digest_size=4).hexdigest()
+    aside = range_test / "earlier" / name
+    with storage_errors(aside):
+        aside.mkdir(parents=True, exist_ok=True)
+        for file in ("config.yaml", "range_test.png", "report.html", ANSWER):
+            if (range_test / file).is_file():
+                (range_test / file).replace(aside / file)
+    return aside
+
+
+def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """What two fingerprints do not agree in, with both values; one that is older than a key counts as having it off."""
+    return changed({key: theirs.get(key) for key in ours}, ours)
+
+
+def in_words(key: str, theirs: Any, ours: Any) -> str:
+    """A difference of fingerprints for its reader, to whom hashes say nothing."""
+    hashes = {"images": "pictures or captions", "model": "the model's weights", "model_settings": "the model's configs"}
+    return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"

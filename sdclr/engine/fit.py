@@ -12,6 +12,7 @@ from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
 from sdclr.data.batches import Inputs
 from sdclr.engine import processes
+from sdclr.engine.fingerprint import answers_in
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import held_out_share
 from sdclr.errors import ConfigError, InputError, SdclrError
@@ -156,10 +157,11 @@ def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
     if resume:
         stored = _snapshot(folder.config)
         return (stored.batch.size, "as the run was started with") if stored and stored.batch.size != "auto" else None
-    stored = _snapshot(folder.range_test / "config.yaml")
-    if stored is None or stored.batch.size == "auto" or _matters(stored) != _matters(config):
-        return None
-    return stored.batch.size, "as its range test was measured with"
+    for place in answers_in(folder.range_test):
+        stored = _snapshot(place / "config.yaml")
+        if stored and stored.batch.size != "auto" and _matters(stored) == _matters(config):
+            return stored.batch.size, "as its range test was measured with"
+    return None
 
 
 def _ways_to_need_less(config: RunConfig, in_shares: bool = False) -> list[str]:

@@ -36,12 +36,15 @@ class RunFolder:
         self.report = path / "report.html"
 
     def state(self, named: Path) -> Path:
-        """The folder of a kept state: as it is named, or one of this run's own: `best`, `final`, or a checkpoint by its name or how that begins."""
+        """The folder of a kept state: as it is named, or one of this run's own: `final`, `best` (of a run at work its newest), or a checkpoint by
+        its name or how that begins, if only one does."""
         if named.exists() or len(named.parts) != 1:
             return named
+        if (self.path / named).is_dir():
+            return self.path / named
         fitting = [path for path in sorted(self.checkpoints.glob(f"{glob.escape(named.name)}*")) if path.is_dir()]
-        own = self.path / named
-        return own if own.is_dir() else fitting[0] if len(fitting) == 1 else named
+        newest = named.name in ("best", "average")
+        return fitting[-1] if len(fitting) == 1 or (fitting and newest) else named
 
     @contextlib.contextmanager
     def locked(self, what: str) -> Iterator[None]:

@@ -7,10 +7,7 @@ what is done.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from sdclr.config.kinds import MAX_STEPS, Span
 from sdclr.config.rates import CYCLIC
@@ -18,26 +15,21 @@ from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data import pairs
 from sdclr.data.batches import Batches, Inputs
-from sdclr.data.dataset import shape_for, size_of, views
+from sdclr.data.dataset import views
 from sdclr.data.pairs import Pair, Split, printable
-from sdclr.engine.fingerprint import changed, fingerprint, sampled
-from sdclr.engine.folder import RunFolder, read_json
+from sdclr.engine.fingerprint import differing, find_range_test, fingerprint, in_words, range_tests, sampled
 from sdclr.errors import ConfigError, DataError, InputError
 from sdclr.lr.exposure import steps_for
 from sdclr.lr.schedule import Group, Schedule
 
 TWO_FIFTHS = 0.4
 """Of twenty pictures eight are held out in a range test: S* is placed twice as well as by four, at the same cost (README)."""
-MUCH_IS_SEEN = 0.9
-"""Squares that show more than this of the pictures are not worth a word."""
-ENLARGED = 1.25
-"""Pictures that are resized by less than this are as good as large enough."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A run's length, schedule and cadence, in optimizer steps; `best_exposure`, `ceiling` and `source` are of the range test that was used.
-    Of a run that goes on, `done` steps have collected the exposure `collected`, at whatever rates."""
+    Of a run that goes on, `done` steps have collected the exposure `collected`, at rates which may differ from the schedule's."""
 
     schedule: Schedule
     steps: int
@@ -196,39 +188,6 @@ def make_schedule(config: RunConfig, steps_per_epoch: float, steps: int, max_lr:
     )
 
 
-def find_range_test(config: RunConfig, inputs: Inputs) -> tuple[Path, dict[str, Any]] | None:
-    """A range test whose fingerprint fits: a conclusive one if there is any, this run's own before the newest of the runs beside it."""
-    ours = fingerprint(config, inputs)
-    fitting = [
-        (path, result) for path, result in _range_tests(config) if not differing(result.get("fingerprint") or {}, ours)
-    ]
-    return next((f for f in fitting if f[1].get("verdict") == "conclusive"), next(iter(fitting), None))
-
-
-def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What a range test's fingerprint does not agree in, with its value and ours; one that is older than a key counts as having it off."""
-    return changed({key: theirs.get(key) for key in ours}, ours)
-
-
-def _in_words(key: str, theirs: Any, ours: Any) -> str:
-    hashes = {"images": "pictures or captions", "model": "the model's weights", "model_settings": "the model's configs"}
-    return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"
-
-
-def _range_tests(config: RunConfig) -> list[tuple[Path, dict[str, Any]]]:
-    own = RunFolder(config.folder).range_test / "result.json"
-    places = ("*/range-test/result.json", "*/range-test/earlier/*/result.json")
-    others = [path for place in places for path in config.run.output_dir.glob(place) if path != own]
-    ordered = [own, *sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)]
-    results = []
-    for path in ordered:
-        try:
-            results.append((path, read_json(path)))
-        except InputError:
-            continue
-    return results
-
-
 def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
     what = " and ".join(
         name
@@ -237,8 +196,8 @@ def _no_range_test(config: RunConfig, inputs: Inputs) -> str:
     )
     text = f"{what}: auto needs a range test of this model, these images and this optimizer, and {config.run.output_dir} holds none that fits"
     ours = fingerprint(config, inputs)
-    for path, result in _range_tests(config)[:3]:
-        unlike = [_in_words(*each) for each in differing(result.get("fingerprint") or {}, ours)]
+    for path, result in range_tests(config)[:3]:
+        unlike = [in_words(*each) for each in differing(result.get("fingerprint") or {}, ours)]
         text += f"\n  {path}: differs in {', '.join(unlike)}"
     return text
 
@@ -307,104 +266,3 @@ def _refuse_leaks(split: Split) -> None:
 
 def _content(pair: Pair) -> tuple[int, bytes]:
     return pair.path.stat().st_size, sampled(pair.path)
-
-
-def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple[str, str]]:
-    """The plan as (name, words) rows."""
-    split, b = inputs.split, inputs.batches
-    rows = [
-        ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
-        ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
-    ]  # fmt: skip
-    rows[1:1] = [*_captions(split), *_shapes(config, split)]
-    if config.lora.rank:
-        rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
-    if plan is None:
-        return rows
-    s = plan.schedule
-    shape = s.policy
-    if s.half_cycle:
-        shape += f", {s.cycles:.4g} cycles of {2 * s.half_cycle:.4g} steps, starting {s.start}"
-    rates = s.rates()
-    lowest = f"{rates.min():.3g} to " if rates.min() < rates.max() else ""
-    kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
-    return [
-        *rows,
-        ("steps", f"{plan.steps} ({plan.steps / b.steps_per_epoch:.4g} epochs)"),
-        ("schedule", shape),
-        ("learning rate", f"{lowest}{rates.max():.3g}; the last step is at {s(plan.steps - 1):.3g}"),
-        ("exposure", f"{plan.exposure:.3g}{kappa}"),
-        ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
-        ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
-    ]
-
-
-def cautions(config: RunConfig, plan: Plan) -> list[str]:
-    """What the user may not have meant, though it can be done."""
-    found, s = [], plan.schedule
-    if plan.ceiling and s.max_lr > plan.ceiling:
-        times = s.max_lr / plan.ceiling
-        found.append(
-            f"schedule.max_lr {s.max_lr:.3g} is {times:.{1 if times < 10 else 0}f} times the ceiling of {plan.ceiling:.3g} that {plan.source} has measured"
-        )
-    if config.train.steps == "auto" and plan.kappa and not 0.8 < plan.kappa / config.train.kappa < 1.25:
-        found.append(
-            f"the plan comes to κ = {plan.kappa:.2f}, and train.kappa is {config.train.kappa:g}: at peaks of {s.max_lr:.3g} whole cycles of these few steps come no nearer"
-        )
-    if s.policy in ("constant", "linear") and s.warmup >= plan.steps:
-        found.append(
-            f"schedule.warmup of {s.warmup} steps does not end within the run of {plan.steps}: max_lr is never reached"
-        )
-    return found
-
-
-def _captions(split: Split) -> list[tuple[str, str]]:
-    """Where captions come from, if some are names; and what the folders' names do not say here."""
-    pairs = (*split.train, *split.validation)
-    named, rows = [pair for pair in pairs if pair.by_name], []
-    if named:
-        example = f'{named[0].path.name}: "{named[0].caption}"'
-        rows.append(
-            (
-                "captions",
-                f"{len(pairs) - len(named)} from files, {len(named)} from the pictures' names ({printable(Path(example))})",
-            )
-        )
-    repeated = sorted(
-        {folder for pair in pairs if re.match(r"\d+_", folder := pair.key.partition("/")[0]) and "/" in pair.key}
-    )
-    if repeated:
-        rows.append(
-            (
-                "repeats",
-                f"none: {', '.join(repeated[:3])} {'are names of folders' if len(repeated) > 1 else 'is the name of a folder'}, and every picture in {'them' if len(repeated) > 1 else 'it'} counts once",
-            )
-        )
-    return rows
-
-
-def _shapes(config: RunConfig, split: Split) -> list[tuple[str, str]]:
-    """What the pictures are cut to, of squares only where that takes much away; and which are too small."""
-    data = config.data
-    sizes = [size_of(pair.path) for pair in (*split.train, *split.validation)]
-    rows = []
-    growth = [shape_for(*size, data.resolution, data.aspect).scale(*size) for size in sizes]
-    small = [factor for factor in growth if factor > ENLARGED]
-    if small:
-        rows.append(
-            (
-                "enlarged",
-                f"{len(small)} of {len(sizes)} pictures, up to {max(small):.2g} times: they are smaller than what is trained on, and will look soft",
-            )
-        )
-
-    def kept(aspect: str) -> float:
-        return sum(shape_for(*size, data.resolution, aspect).keeps(*size) for size in sizes) / len(sizes)
-
-    if data.aspect == "buckets":
-        counts = Counter(shape_for(*size, data.resolution, data.aspect) for size in sizes)
-        listed = ", ".join(f"{n} of {shape.width}×{shape.height}" for shape, n in counts.most_common())
-        return [("shapes", f"{listed}: {kept('buckets'):.0%} of the pictures is seen"), *rows]
-    if kept("square") > MUCH_IS_SEEN:
-        return rows
-    return [("shapes", f"squares, which show {kept('square'):.0%} of the pictures; data.aspect: buckets would show {kept('buckets'):.0%}"), *rows]  # fmt: skip

@@ -91,10 +91,16 @@ def pooled(arms: Sequence[Sequence[Measured]]) -> Measured:
     flat = [arm for row in arms for arm in row]
     steps = functools.reduce(np.intersect1d, (arm.steps for arm in flat))
 
-    def at_steps(arm: Measured, values: np.ndarray) -> np.ndarray:
+    def where_all_were_measured(arm: Measured, values: np.ndarray) -> np.ndarray:
         return values[np.isin(arm.steps, steps)]
 
-    losses = np.concatenate([np.mean([at_steps(arm, arm.losses) for arm in row], axis=0) for row in arms], axis=1)
+    losses = np.concatenate(
+        [np.mean([where_all_were_measured(arm, arm.losses) for arm in row], axis=0) for row in arms], axis=1
+    )
     base = np.concatenate([row[0].base for row in arms])
-    first: dict[str, Any] = {"steps": steps, "exposure": at_steps(flat[0], flat[0].exposure), "losses": losses}
+    first: dict[str, Any] = {
+        "steps": steps,
+        "exposure": where_all_were_measured(flat[0], flat[0].exposure),
+        "losses": losses,
+    }
     return dataclasses.replace(flat[0], **first, base=base, diverged=any(arm.diverged for arm in flat))

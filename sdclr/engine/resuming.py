@@ -66,26 +66,30 @@ def resume_point(folder: RunFolder, named: Path | None, typed: str) -> Checkpoin
     return found
 
 
-def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> Plan:
-    """The plan of a run that goes on from `start`. Where no range test says any more what `auto` is, it stays what the run began with."""
-    info = start.info()
+def plan_again(loaded: LoadedConfig, inputs: Inputs, start: Checkpoint) -> tuple[RunConfig, Plan]:
+    """The plan of a run that goes on from `start`, and the config it is made by. Where no range test says any more what `auto` is, that is
+    filled in with what the run began with."""
+    info, config = start.info(), loaded.config
     done = {"done": start.step, "collected": info["exposure"]}
     try:
-        return dataclasses.replace(make_plan(loaded, inputs), **done)
+        return config, dataclasses.replace(make_plan(loaded, inputs), **done)
     except NoRangeTest as problem:
-        config = loaded.config
-        max_lr, steps = info["config"]["schedule"]["max_lr"], info["config"]["train"]["steps"]
-        first_line = problem.message.splitlines()[0]
-        console.warn(f"{first_line}; the run goes on with what it began with: schedule.max_lr {max_lr:.3g}, train.steps {steps}")  # fmt: skip
-        schedule, train = config.schedule, config.train
-        if schedule.max_lr == "auto":
-            schedule = schedule.model_copy(update={"max_lr": max_lr})
-        if train.steps == "auto":
-            train = train.model_copy(update={"steps": Span(value=steps, unit="steps")})
-        begun = config.model_copy(update={"schedule": schedule, "train": train})
-        plan = make_plan(dataclasses.replace(loaded, config=begun), inputs)
-        best = info["exposure"] / info["kappa"] if info.get("kappa") else None
-        return dataclasses.replace(plan, best_exposure=best, **done)
+        why = problem.message.splitlines()[0]
+    stored, filled = info["config"], []
+    schedule, train = config.schedule, config.train
+    if schedule.max_lr == "auto":
+        schedule = schedule.model_copy(update={"max_lr": stored["schedule"]["max_lr"]})
+        filled.append(f"schedule.max_lr {schedule.max_lr:.3g}")
+    if train.steps == "auto":
+        train = train.model_copy(update={"steps": Span(value=stored["train"]["steps"], unit="steps"), "kappa": 1.0})
+        filled.append(f"train.steps {stored['train']['steps']}")
+        filled += ["whatever train.kappa is"] if config.train.kappa != 1 else []
+    console.warn(f"{why}; the run goes on with what it began with: {', '.join(filled)}")
+    config = config.model_copy(update={"schedule": schedule, "train": train})
+    plan = make_plan(dataclasses.replace(loaded, config=config), inputs)
+    known = info.get("planned_by") or {"best_exposure": None, "ceiling": None, "source": None}
+    known["source"] = Path(known["source"]) if known["source"] else None
+    return config, dataclasses.replace(plan, **known, **done)
 
 
 def refuse_to_overwrite(folder: RunFolder, typed: str) -> None:

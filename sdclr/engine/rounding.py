@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from sdclr.config.schema import BF16_SUMS
 from sdclr.engine.processes import Processes
 from sdclr.errors import InputError
 from sdclr.seeding import derive
@@ -37,6 +38,15 @@ def refuse_mixed_cards(device: torch.device, together: Processes) -> None:
     if together.agree(card) != card or together.agree(-card) != -card:
         raise InputError(
             "model.precision: full_bf16 needs the same GPU in all processes", hint="set model.precision: bf16"
+        )
+
+
+def refuse_many_sums(count: int) -> None:
+    """Raise InputError where a step sums up so many gradients in bf16, one for each of its forward-backwards."""
+    if count > BF16_SUMS:
+        raise InputError(
+            f"model.precision: full_bf16 sums up {BF16_SUMS} gradients at most, and a step of pictures of so many shapes has up to {count}",
+            hint="lower batch.accumulate, or set data.aspect: square or model.precision: bf16",
         )
 
 

@@ -198,6 +198,8 @@ class Run:
             # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
             self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
             self.no_caption = self._encoder.no_caption
+        if self.config.model.precision == "full_bf16":
+            rounding.refuse_many_sums(self.config.batch.accumulate + len({mean.shape for mean in self.train.mean}) - 1)
         self.parts.put_away(self.config.model.train)
 
     # Training ---------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from sdclr.engine.checkpoint import (
 )  # fmt: skip
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder, as_umask_says, publish, storage_errors, sync_tree, write_bytes, write_text
-from sdclr.engine.plan import Plan, describe
+from sdclr.engine.plan import Plan
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
 from sdclr.engine.watch import Watch
@@ -45,12 +45,15 @@ from sdclr.report import console, metrics
 class Session:
     """One training run in progress: what it trains, what it watches, what it writes."""
 
-    def __init__(self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs, done: int = 0):
-        """Of the plan's steps so many are `done`."""
+    def __init__(
+        self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs, about: Sequence[tuple[str, str]] = ()
+    ):
+        """`about` are rows on the plan, for the report."""
+        self.about = about
         self.config, self.plan, self.folder = config, plan, folder
         self.run = Run(config, inputs, keep_base=False)
         self.processes = self.run.processes
-        self.run.compile_for(plan.steps - done)  # tries a step out, which must not train what comes next
+        self.run.compile_for(plan.steps - plan.done)  # tries a step out, which must not train what comes next
         self.state = self.run.fresh_state()
         self.troughs = set(plan.schedule.troughs())
         self.fingerprint = fingerprint(config, inputs)
@@ -120,7 +123,7 @@ class Session:
         write_bytes(self.folder.path / "training.png", picture)
         sections: list[dict[str, Any]] = [
             {"title": "Curves", "picture": picture},
-            {"title": "The plan", "rows": describe(self.config, self.run.inputs, self.plan)},
+            {"title": "The plan", "rows": self.about},
             {"title": "The config, resolved", "code": source.dump(self.config)},
         ]
         lead = f"{self._in_words()} {averaged}".strip()
@@ -188,9 +191,9 @@ class Session:
 
         self.processes.on_main(save_now if must else lambda: self._try_to(save_now))
 
-    def _try_to(self, save: Callable[[], None]) -> None:
+    def _try_to(self, write: Callable[[], None]) -> None:
         try:
-            save()
+            write()
         except StorageError as problem:
             hint = f"\n  {problem.hint.partition('; then:')[0]}" if problem.hint else ""
             console.warn(
@@ -261,9 +264,14 @@ class Session:
         save(self.folder.checkpoints, kind, kept, self.run.models, info)
 
     def _info(self, exposure: float, loss: float | None) -> dict[str, Any]:
-        best = self.plan.best_exposure
+        plan, best = self.plan, self.plan.best_exposure
         return {
             "kappa": exposure / best if best else None,
+            "planned_by": {
+                "best_exposure": best,
+                "ceiling": plan.ceiling,
+                "source": str(plan.source) if plan.source else None,
+            },
             "validation_loss": loss,
             "fingerprint": self.fingerprint,
             "config": self.config.model_dump(mode="json"),

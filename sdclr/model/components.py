@@ -288,6 +288,11 @@ def load_trained(parts: Components, folder: Path, besides: tuple[str, ...] = ())
     else:
         names = tuple(name for name in parts.networks if name not in besides and (folder / name).is_dir())
         found, lora = read_trained(folder, names), {}
+    if not found:
+        raise InputError(
+            f"{folder}: has gone, or holds no weights",
+            hint="a run removes states that it no longer needs; run the same command again",
+        )
     for name, weights in found.items():
         module = getattr(parts, name)
         try:

@@ -47,8 +47,9 @@ from sdclr.data import pairs as pairs_  # noqa: E402
 from sdclr.data.batches import Inputs  # noqa: E402
 from sdclr.data.cache import key_of  # noqa: E402
 from sdclr.data.pairs import Pair, Split  # noqa: E402
+from sdclr.engine.fingerprint import find_range_test  # noqa: E402
 from sdclr.engine.folder import read_json, write_json  # noqa: E402
-from sdclr.engine.plan import find_range_test, make_plan, read_inputs  # noqa: E402
+from sdclr.engine.plan import make_plan, read_inputs  # noqa: E402
 from sdclr.errors import DivergenceError, InputError  # noqa: E402
 from sdclr.lr.measured import at_steps  # noqa: E402
 from sdclr.lr.schedule import Group, Schedule  # noqa: E402

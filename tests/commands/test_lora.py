@@ -23,9 +23,9 @@ from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.config.schema import LoraSection
 from sdclr.engine.checkpoint import available, verify
-from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.fingerprint import find_range_test, fingerprint
 from sdclr.engine.folder import write_json
-from sdclr.engine.plan import find_range_test, read_inputs
+from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import CheckpointError, ConfigError, Inconclusive, InputError
 from sdclr.model import adapters, components

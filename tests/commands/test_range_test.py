@@ -17,9 +17,9 @@ from PIL import Image
 from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
-from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.fingerprint import find_range_test, fingerprint
 from sdclr.engine.folder import read_json
-from sdclr.engine.plan import find_range_test, read_inputs
+from sdclr.engine.plan import read_inputs
 from sdclr.errors import ConfigError, Inconclusive, InputError
 
 SHORT = "range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}\nvalidation: {fraction: 0.3, timesteps_per_image: 2}"
@@ -350,3 +350,23 @@ def test_an_answer_to_another_question_is_put_aside_and_still_serves(config):
     assert find_range_test(loaded.config, read_inputs(loaded))[0] == aside / "result.json"
     run(path, "optimizer.weight_decay=0.5")  # the same question again
     assert len(list((folder / "earlier").iterdir())) == 1
+
+
+def test_a_first_step_that_is_not_finite_is_said_so(config, monkeypatch):
+    from sdclr.engine.run import Run
+    from sdclr.errors import DivergenceError
+
+    real = Run.loss
+    monkeypatch.setattr(Run, "loss", lambda self, batch: real(self, batch) * float("inf"))
+    path = config(SHORT)
+    with pytest.raises(DivergenceError, match="the very first step, at the lowest rate"):
+        range_test(path)
+
+
+def test_a_legacy_ramp_leaves_the_answer_where_it_is(config):
+    path = config(SHORT)
+    run(path)
+    result = path.parent / "runs" / "tiny" / "range-test" / "result.json"
+    before = result.read_bytes()
+    range_test(path, ["optimizer.weight_decay=0.5"], legacy="linear")
+    assert result.read_bytes() == before

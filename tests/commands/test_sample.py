@@ -284,3 +284,16 @@ def test_a_run_without_checkpoints_is_an_error_that_names_train(config):
 def test_a_run_that_is_not_there_is_an_error(path):
     with pytest.raises(InputError, match="there is no such run"):
         sample(path, runs=[path.parent / "nowhere"])
+
+
+def test_a_state_that_a_run_at_work_has_removed_meanwhile_is_never_drawn_as_the_base(path, monkeypatch):
+    real = command._Painter.load
+
+    def gone(painter, folder):
+        if folder:
+            shutil.rmtree(folder)
+        real(painter, folder)
+
+    monkeypatch.setattr(command._Painter, "load", gone)
+    with pytest.raises(InputError, match="has gone, or holds no weights"):
+        sample(path)

@@ -22,6 +22,7 @@ from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine.checkpoint import available, verify
 from sdclr.engine.fingerprint import fingerprint
+from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
 from sdclr.report import figures, metrics
@@ -602,3 +603,56 @@ def test_the_config_of_a_planned_run_says_where_its_numbers_are_from(config):
     text = (runs(path) / "config.yaml").read_text()
     assert text.startswith(f"# max_lr and steps: {result}; steps: train.kappa 2\n")
     assert source.load(runs(path) / "config.yaml").config.train.steps.value == 8
+
+
+def test_a_picture_that_is_gone_when_training_ends_takes_nothing_with_it(tmp_path, config, monkeypatch):
+    from tiny import make_pictures
+
+    from sdclr.engine.session import Session
+
+    folder = make_pictures(tmp_path / "own", count=10)
+    path = config(f"data: {{images: '{folder}', resolution: 32}}")
+    finish = Session.finish
+
+    def later(session):
+        shutil.rmtree(folder)
+        finish(session)
+
+    monkeypatch.setattr(Session, "finish", later)
+    train(path)
+    assert (runs(path) / "final" / "unet").is_dir()
+    assert "images" in (runs(path) / "report.html").read_text()
+
+
+def test_a_run_that_is_resumed_without_its_range_test_keeps_its_best_exposure(config, monkeypatch, capsys):
+    path = config(
+        "schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto, kappa: 2}\ncheckpoint: {every: 1, keep_last: 9}"
+    )
+    loaded = source.load(path)
+    result = runs(path) / "range-test" / "result.json"
+    result.parent.mkdir(parents=True)
+    found = {
+        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 1e-3, "interval": [1e-3, 3e-3]},
+        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+    }  # fmt: skip
+    result.write_text(json.dumps(found))
+    stop_at(monkeypatch, 1)
+    with pytest.raises(Interrupted):
+        train(path)
+    result.unlink()
+    train(path, ["schedule.max_lr=4e-4"], resume=True)
+    said = capsys.readouterr().err
+    assert "goes on with what it began with: train.steps 8, whatever train.kappa is" in said
+    assert "(κ = " in said and "best 0.001)" in said
+    assert f"from           {result}" in said or str(result) in said
+    assert not (runs(path) / "config.yaml").read_text().startswith("#")
+
+
+def test_best_is_the_newest_of_a_run_at_work(stopped):
+    folder = RunFolder(runs(stopped))
+    for step in (2, 6):
+        (folder.checkpoints / f"best-{step:06d}_S1.00e-03").mkdir(exist_ok=True)
+    assert folder.state(Path("best")).name.startswith("best-000006")
+    assert folder.state(Path("trough-000004")).name.startswith("trough-000004_S")
+    assert folder.state(Path("step")) == Path("step") or len(list(folder.checkpoints.glob("step*"))) == 1
+    assert folder.state(Path("nothing")) == Path("nothing")

@@ -437,6 +437,7 @@ def test_other_trainers_words_lead_to_keys_that_there_are():
             "train.max_train_epochs is not a known key; did you mean train.steps: 10 epochs?",
         ),
         ("network_dim: 8", "did you mean lora.rank?"),
+        ("lr: 1e-4", "lr is not a known key; did you mean schedule.max_lr or range_test.lr?"),
         ("caption_dropout: 0.1", "caption_dropout is not a known key; did you mean data.caption_dropout?"),
         ("train: {max_lr: 1}", "did you mean schedule.max_lr?"),
         ("model: {base: m, resolution: 512}", "model.resolution is not a known key; did you mean data.resolution?"),

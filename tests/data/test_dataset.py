@@ -256,3 +256,11 @@ def test_a_header_tells_the_size_that_a_turned_picture_has(tmp_path, orientation
     Image.new("RGB", (40, 30)).save(tmp_path / f"a.{ending}", exif=exif)
     with Image.open(tmp_path / f"a.{ending}") as opened:
         assert size_of(tmp_path / f"a.{ending}") == ImageOps.exif_transpose(opened).size
+
+
+def test_a_header_is_read_though_the_pixels_are_broken(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    noise.save(tmp_path / "a.tiff", compression="tiff_lzw")
+    data = (tmp_path / "a.tiff").read_bytes()
+    (tmp_path / "a.tiff").write_bytes(data[:40] + bytes(200) + data[240:])
+    assert size_of(tmp_path / "a.tiff") == (30, 40)

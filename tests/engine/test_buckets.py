@@ -17,9 +17,11 @@ from sdclr.commands.sample import sample
 from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.data.dataset import View, look
+from sdclr.engine import rounding
 from sdclr.engine.checkpoint import Checkpoint, available
-from sdclr.engine.plan import describe, make_plan, read_inputs
+from sdclr.engine.plan import make_plan, read_inputs
 from sdclr.engine.run import Run
+from sdclr.engine.telling import describe
 from sdclr.errors import CheckpointError, ConfigError, Inconclusive, InputError
 from sdclr.report import figures, metrics
 
@@ -236,3 +238,18 @@ def test_samples_have_the_size_that_is_asked_for(write):
     samples = path.parent / "runs" / "tiny" / "samples"
     assert {Image.open(cell).size for cell in (samples / "cells").glob("*.png")} == {(48, 32)}
     assert json.loads((samples / "grid.json").read_text())["settings"]["size"] == [48, 32]
+
+
+def test_no_more_gradients_are_summed_in_bf16_than_it_can_hold(write, monkeypatch):
+    rounding.refuse_many_sums(64)
+    with pytest.raises(
+        InputError, match="sums up 64 gradients at most, and a step of pictures of so many shapes has up to 65"
+    ):
+        rounding.refuse_many_sums(65)
+    run, counted = built(write()), []
+    most = max(len(run.batches(step)) for step in range(20))
+    monkeypatch.setattr(rounding, "refuse_many_sums", counted.append)
+    run.config = run.config.model_copy(update={"model": run.config.model.model_copy(update={"precision": "full_bf16"})})
+    run._encode()
+    assert counted == [2 + len({mean.shape for mean in run.train.mean}) - 1]
+    assert most <= counted[0]

@@ -141,3 +141,13 @@ def test_of_several_processes_the_batch_advised_is_all_of_theirs_and_each_has_it
     said = " ".join(capsys.readouterr().err.split())
     assert "free in RAM for each process" in said
     assert "it will not fit; try batch.size: 6" in said
+
+
+def test_the_number_of_a_range_test_that_was_put_aside_is_taken_too(config):
+    path = config(AUTO)
+    settled = settle_batch(source.load(path)).config
+    folder = settled.folder / "range-test"
+    (folder / "earlier" / "abcdef01").mkdir(parents=True)
+    other = settled.model_copy(update={"batch": settled.batch.model_copy(update={"size": 5})})
+    (folder / "earlier" / "abcdef01" / "config.yaml").write_text(source.dump(other))
+    assert size_of(path) == 5

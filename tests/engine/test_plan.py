@@ -18,7 +18,8 @@ from sdclr.config.source import LoadedConfig, load
 from sdclr.data.batches import Inputs
 from sdclr.engine.answer import with_run
 from sdclr.engine.fingerprint import changed, fingerprint
-from sdclr.engine.plan import Plan, cautions, describe, make_plan, read_inputs
+from sdclr.engine.plan import Plan, make_plan, read_inputs
+from sdclr.engine.telling import cautions, describe
 from sdclr.errors import ConfigError, DataError, InputError
 
 BASE = {
@@ -472,4 +473,4 @@ def test_the_plan_says_which_captions_are_names_and_which_pictures_are_enlarged(
     rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
     assert rows["captions"] == '20 from files, 1 from the pictures\' names (odd.png: "odd")'
     assert rows["enlarged"].startswith("1 of 21 pictures, up to 1.6 times")
-    assert rows["repeats"] == "none: 3_mine is the name of a folder, and every picture in it counts once"
+    assert rows["repeats"] == "none: numbers in names of folders (3_mine) are not read, and every picture counts once"

@@ -1,0 +1,120 @@
+"""A plan in words: as rows of a table, and as cautions where it goes beyond what was measured or what the user may have meant."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from sdclr.config.schema import RunConfig
+from sdclr.data.batches import Inputs
+from sdclr.data.dataset import shape_for, size_of
+from sdclr.data.pairs import Split, printable
+from sdclr.engine.plan import Plan
+
+MUCH_IS_SEEN = 0.9
+"""Squares that show more than this of the pictures are not worth a word."""
+ENLARGED = 1.25
+"""Pictures that are resized by less than this are as good as large enough."""
+
+
+def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple[str, str]]:
+    """The plan as (name, words) rows."""
+    split, b = inputs.split, inputs.batches
+    rows = [
+        ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
+        ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
+    ]  # fmt: skip
+    rows[1:1] = [*_captions(split), *_cuts(config, split)]
+    if config.lora.rank:
+        rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
+    if plan is None:
+        return rows
+    s = plan.schedule
+    shape = s.policy
+    if s.half_cycle:
+        shape += f", {s.cycles:.4g} cycles of {2 * s.half_cycle:.4g} steps, starting {s.start}"
+    rates = s.rates()
+    lowest = f"{rates.min():.3g} to " if rates.min() < rates.max() else ""
+    kappa = f" (κ = {plan.kappa:.2f}, best {plan.best_exposure:.3g})" if plan.kappa else ""
+    return [
+        *rows,
+        ("steps", f"{plan.steps} ({plan.steps / b.steps_per_epoch:.4g} epochs)"),
+        ("schedule", shape),
+        ("learning rate", f"{lowest}{rates.max():.3g}; the last step is at {s(plan.steps - 1):.3g}"),
+        ("exposure", f"{plan.exposure:.3g}{kappa}"),
+        ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
+        ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
+    ]
+
+
+def cautions(config: RunConfig, plan: Plan) -> list[str]:
+    """What the user may not have meant, though it can be done."""
+    found, s = [], plan.schedule
+    if plan.ceiling and s.max_lr > plan.ceiling:
+        times = s.max_lr / plan.ceiling
+        found.append(
+            f"schedule.max_lr {s.max_lr:.3g} is {times:.{1 if times < 10 else 0}f} times the ceiling of {plan.ceiling:.3g} that {plan.source} has measured"
+        )
+    if config.train.steps == "auto" and plan.kappa and not 0.8 < plan.kappa / config.train.kappa < 1.25:
+        found.append(
+            f"the plan comes to κ = {plan.kappa:.2f}, and train.kappa is {config.train.kappa:g}: at peaks of {s.max_lr:.3g} whole cycles of these few steps come no nearer"
+        )
+    if s.policy in ("constant", "linear") and s.warmup >= plan.steps:
+        found.append(
+            f"schedule.warmup of {s.warmup} steps does not end within the run of {plan.steps}: max_lr is never reached"
+        )
+    return found
+
+
+def _captions(split: Split) -> list[tuple[str, str]]:
+    """Where captions come from, if some are names; and what the folders' names do not say here."""
+    pairs = (*split.train, *split.validation)
+    named, rows = [pair for pair in pairs if pair.by_name], []
+    if named:
+        example = printable(f'{named[0].path.name}: "{named[0].caption}"')
+        rows.append(
+            ("captions", f"{len(pairs) - len(named)} from files, {len(named)} from the pictures' names ({example})")
+        )
+    folders = {pair.key.partition("/")[0] for pair in pairs if "/" in pair.key}
+    repeated = sorted(folder for folder in folders if re.match(r"\d+_", folder))
+    if repeated:
+        rows.append(
+            (
+                "repeats",
+                f"none: numbers in names of folders ({', '.join(repeated[:3])}) are not read, and every picture counts once",
+            )
+        )
+    return rows
+
+
+def _cuts(config: RunConfig, split: Split) -> list[tuple[str, str]]:
+    """What the pictures are cut to, of squares only where that takes much away; and which are too small."""
+    data = config.data
+    sizes = [size_of(pair.path) for pair in (*split.train, *split.validation)]
+    shapes, buckets = (
+        [shape_for(*size, data.resolution, aspect) for size in sizes] for aspect in (data.aspect, "buckets")
+    )
+    seen, in_buckets = (
+        sum(shape.keeps(*size) for shape, size in zip(cut, sizes, strict=True)) / len(sizes)
+        for cut in (shapes, buckets)
+    )
+    rows = []
+    if data.aspect == "buckets":
+        listed = ", ".join(f"{n} of {shape.width}×{shape.height}" for shape, n in Counter(shapes).most_common())
+        rows.append(("shapes", f"{listed}: {seen:.0%} of the pictures is seen"))
+    elif seen <= MUCH_IS_SEEN:
+        rows.append(
+            (
+                "shapes",
+                f"squares, which show {seen:.0%} of the pictures; data.aspect: buckets would show {in_buckets:.0%}",
+            )
+        )
+    enlarged = [factor for shape, size in zip(shapes, sizes, strict=True) if (factor := shape.scale(*size)) > ENLARGED]
+    if enlarged:
+        rows.append(
+            (
+                "enlarged",
+                f"{len(enlarged)} of {len(sizes)} pictures, up to {max(enlarged):.2g} times: they are smaller than what is trained on, and will look soft",
+            )
+        )
+    return rows
