@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from sdclr.config.kinds import Section
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
 from sdclr.engine.plan import make_schedule, peak_below, peak_end, steps_to_exposure
@@ -75,12 +76,18 @@ def with_run(answer: dict[str, Any], config: RunConfig, inputs: Inputs) -> dict[
         "steps": steps,
         "cycles": schedule.cycles if schedule.half_cycle else None,
     }
-    given = (config.schedule.model_dump(mode="json", exclude_defaults=True), config.train.model_dump(mode="json", exclude_defaults=True))  # fmt: skip
-    bounds = {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": float(f"{peak:.3g}")}
-    train = {key: value for key, value in given[1].items() if key != "kappa"}  # the steps are of that κ
-    return answer | {
-        "recommended": run | {"config": {"schedule": given[0] | bounds, "train": train | {"steps": steps}}}
+    found: dict[str, dict[str, Any]] = {
+        "schedule": {"policy": schedule.policy, "base_lr": schedule.base_lr, "max_lr": float(f"{peak:.3g}")},
+        "train": {"steps": steps},
     }
+    sections = {name: found[name] | _set_beside(getattr(config, name), found[name]) for name in found}
+    return answer | {"recommended": run | {"config": sections}}
+
+
+def _set_beside(section: Section, found: dict[str, Any]) -> dict[str, Any]:
+    """What a config's section sets besides what was found, κ apart, of which the steps are."""
+    given = section.model_dump(mode="json", exclude_defaults=True)
+    return {key: value for key, value in given.items() if key not in found and key != "kappa"}
 
 
 def tell(answer: dict[str, Any], as_json: bool) -> None:

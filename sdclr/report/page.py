@@ -80,7 +80,16 @@ def arm_rows(result: dict[str, Any]) -> list[tuple[Any, ...]]:
 def snippet(result: dict[str, Any]) -> str:
     """What follows for a run, as YAML to paste: the config's sections of that name, whole."""
     sections = result["recommended"]["config"]
-    return "\n".join(f"{name}: {dump_value(section)}" for name, section in sections.items())
+    return "\n".join(f"{name}: {dump_value(_plain(section))}" for name, section in sections.items())
+
+
+def _plain(value: Any) -> Any:
+    """Whole numbers without a point."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def answer(result: dict[str, Any]) -> str:
