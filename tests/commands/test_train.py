@@ -542,23 +542,28 @@ def test_trying_a_compiled_step_out_trains_nothing(config, monkeypatch):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
+def measured(path: Path, best: float | None) -> Path:
+    """A range test's result that fits the config, conclusive if it knows a best exposure; its ceiling is 1e-3."""
+    loaded, result = source.load(path), runs(path) / "range-test" / "result.json"
+    result.parent.mkdir(parents=True, exist_ok=True)
+    found = {
+        "schema": 1, "verdict": "conclusive" if best else "inconclusive", "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]},
+        "best_exposure": {"value": best, "interval": [1e-3, 3e-3]} if best else None, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
+    }  # fmt: skip
+    result.write_text(json.dumps(found))
+    return result
+
+
 def test_a_run_whose_range_test_can_no_longer_say_goes_on_with_what_it_began_with(config, monkeypatch, capsys):
     path = config(
         "schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto}\ncheckpoint: {every: 2, keep_last: 9}"
     )
-    loaded = source.load(path)
-    folder = runs(path) / "range-test"
-    folder.mkdir(parents=True)
-    result = {
-        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 2e-3, "interval": [1e-3, 3e-3]},
-        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
-    }  # fmt: skip
-    (folder / "result.json").write_text(json.dumps(result))
+    measured(path, 2e-3)
     train(path, ["run.name=whole"])
     stop_at(monkeypatch, 3)
     with pytest.raises(Interrupted):
         train(path)
-    (folder / "result.json").write_text(json.dumps(result | {"verdict": "inconclusive", "best_exposure": None}))
+    measured(path, None)
     train(path, resume=True)
     assert "the run goes on with what it began with: schedule.max_lr 0.0005, train.steps 8" in capsys.readouterr().err
     assert tensors(runs(path) / "final") == tensors(runs(path, "whole") / "final")
@@ -591,14 +596,7 @@ def test_a_change_that_is_refused_says_how_to_put_it_back(stopped):
 
 def test_the_config_of_a_planned_run_says_where_its_numbers_are_from(config):
     path = config("schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto, kappa: 2}")
-    loaded = source.load(path)
-    result = runs(path) / "range-test" / "result.json"
-    result.parent.mkdir(parents=True)
-    found = {
-        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 1e-3, "interval": [1e-3, 3e-3]},
-        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
-    }  # fmt: skip
-    result.write_text(json.dumps(found))
+    result = measured(path, 1e-3)
     train(path)
     text = (runs(path) / "config.yaml").read_text()
     assert text.startswith(f"# max_lr and steps: {result}; steps: train.kappa 2\n")
@@ -628,14 +626,7 @@ def test_a_run_that_is_resumed_without_its_range_test_keeps_its_best_exposure(co
     path = config(
         "schedule: {policy: triangular, cycles: 2}\ntrain: {steps: auto, kappa: 2}\ncheckpoint: {every: 1, keep_last: 9}"
     )
-    loaded = source.load(path)
-    result = runs(path) / "range-test" / "result.json"
-    result.parent.mkdir(parents=True)
-    found = {
-        "schema": 1, "verdict": "conclusive", "best_exposure": {"value": 1e-3, "interval": [1e-3, 3e-3]},
-        "ceiling": {"lr": 1e-3, "bracket": [9e-4, 2e-3]}, "fingerprint": fingerprint(loaded.config, read_inputs(loaded)),
-    }  # fmt: skip
-    result.write_text(json.dumps(found))
+    result = measured(path, 1e-3)
     stop_at(monkeypatch, 1)
     with pytest.raises(Interrupted):
         train(path)
