@@ -515,12 +515,15 @@ def test_processes_that_do_not_find_one_another_are_refused(tmp_path, monkeypatc
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "", "fsdp_activation_checkpointing, which sdclr does not do"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "", "accelerate_dynamo_backend, which sdclr does not do"),
         ({}, "optimizer: {name: adafactor}", "adafactor cannot be trained in shares"),
+        ({}, "data.aspect=buckets", "pictures of many shapes cannot be trained in shares"),
     ],
 )
 def test_what_cannot_be_had_in_shares_is_refused_once(write, tmp_path, monkeypatch, environment, settings, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    ended = launch_as("in shares", command("train", write(tmp_path, settings)), tmp_path / "said")
+    path = write(tmp_path, "" if "=" in settings else settings)
+    options = ("--set", settings) if "=" in settings else ()
+    ended = launch_as("in shares", command("train", path, *options), tmp_path / "said")
     assert ended.codes == (2, 2), ended.err
     assert said_once(ended, message)
     assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
