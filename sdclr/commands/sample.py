@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from sdclr.config import source
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
+from sdclr.data.dataset import upright
 from sdclr.data.pairs import printable
 from sdclr.engine.fingerprint import another_base, model_fingerprint, model_settings
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
@@ -50,9 +51,10 @@ def sample(
     if checkpoints:
         columns += [_column(run.state(path), None, run) for path in checkpoints]
     else:
-        for folder in folders:
-            if folder != config.folder and not folder.is_dir():
+        for folder in runs:
+            if not folder.is_dir():
                 raise InputError(f"{folder}: there is no such run")
+        for folder in folders:
             columns += _columns_of_run(folder, folder.name if len(folders) > 1 else None)
     if len(columns) == 1:
         raise InputError(
@@ -139,9 +141,8 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
     """A run's troughs in order, thinned evenly, then the average of them all, and its best."""
     from sdclr.engine.checkpoint import AVERAGE, BEST, FULL, TROUGH, available
 
-    found = available(folder / "checkpoints")
-    if not found:
-        return []
+    run = RunFolder(folder)
+    found = available(run.checkpoints)
     troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
     others = [*[c for c in found if c.kind == AVERAGE][-1:], *[c for c in found if c.kind == BEST][-1:]]
     room = MAX_COLUMNS - 1 - len(others)
@@ -150,7 +151,7 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
         troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
-    return [_column(c.path, run_name, RunFolder(folder)) for c in (*troughs, *others)]
+    return [_column(c.path, run_name, run) for c in (*troughs, *others)]
 
 
 def _column(path: Path, run_name: str | None, run: RunFolder) -> Column:
@@ -207,7 +208,7 @@ def _scored(
     prompts = list(config.sample.prompts)
     with console.progress("scoring", len(columns)) as bar:
         paths = [pair.path for pair in read_inputs(loaded).split.train]
-        training = judge.pictures(map(_upright, paths))
+        training = judge.pictures(map(_decoded, paths))
         texts = judge.texts(prompts)
         found = []
         for c in range(len(columns)):
@@ -219,11 +220,9 @@ def _scored(
     return found
 
 
-def _upright(path: Path) -> Image.Image:
-    from sdclr.data.dataset import to_rgb
-
+def _decoded(path: Path) -> Image.Image:
     try:
-        return to_rgb(ImageOps.exif_transpose(Image.open(path)))
+        return upright(path)
     except Exception as error:  # Pillow's decoders raise many kinds: each means a broken file
         raise DataError([f"{printable(path)}: cannot be decoded: {first_line(error)}"]) from None
 

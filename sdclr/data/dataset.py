@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 from sdclr.data.pairs import Pair
 from sdclr.seeding import numpy_rng
@@ -51,18 +51,6 @@ def shape_for(width: int, height: int, resolution: int, aspect: str) -> Shape:
     return max(shapes(resolution, aspect), key=lambda shape: shape.keeps(width, height))
 
 
-def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is looked at, from its header alone: a PNG's orientation only where it stands before the pixels,
-    and a TIFF's as Pillow's release has it. Raises Pillow's errors for files that have no such header."""
-    with Image.open(path) as image:
-        if image.format == "TIFF":  # newer releases turn the size as they open it, and all of them as they decode it
-            return image.size
-        if image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & image.info.keys():
-            return image.size  # without looking for EXIF behind the pixels, which would decode them
-        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        return image.size[::-1] if on_its_side else image.size
-
-
 @dataclasses.dataclass(frozen=True)
 class View:
     """One way of seeing a picture: which part of it, and whether mirrored. `crop` 0 is the centre."""
@@ -95,8 +83,7 @@ def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "
     EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8, everything converted to RGB. Random parts derive from
     (seed, key, view), so they are the same in every run. Raises OSError and Pillow's errors for files that cannot be decoded.
     """
-    with Image.open(pair.path) as opened:
-        image = to_rgb(ImageOps.exif_transpose(opened))
+    image = upright(pair.path)
     width, height = image.size
     shape = shape_for(width, height, resolution, aspect)
     scale = shape.scale(width, height)
@@ -113,6 +100,12 @@ def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "
         np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1,
         (height, width, top, left, shape.height, shape.width),
     )
+
+
+def upright(path: Path) -> Image.Image:
+    """A picture's pixels in RGB, its EXIF orientation applied. Raises OSError and Pillow's errors for files that cannot be decoded."""
+    with Image.open(path) as opened:
+        return to_rgb(ImageOps.exif_transpose(opened))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

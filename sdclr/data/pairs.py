@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from sdclr.errors import DataError
 from sdclr.seeding import derive
@@ -31,12 +31,14 @@ MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One picture and its caption; `key` is the path relative to the folder, with forward slashes. `by_name`: the caption is the file's name."""
+    """One picture and its caption; `key` is the path relative to the folder, with forward slashes. `by_name`: the caption is the file's name.
+    `size` is its width and height as its header has them, in the orientation that it is looked at."""
 
     path: Path
     key: str
     caption: str
     by_name: bool = False
+    size: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +70,12 @@ def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
             )
             continue
         key = _key(folder, paths[0])
-        problem = _unusable(paths[0], key)
+        size, problem = _header(paths[0], key)
         if problem:
             found.append(f"{_shown(folder, paths[0])}: {problem}")
         caption = _caption(folder, paths[0], captions.get(stem, []), default_caption, found)
         by_name = default_caption is None and stem not in captions
-        pairs.append(Pair(paths[0], key, caption, by_name))
+        pairs.append(Pair(paths[0], key, caption, by_name, size))
     if not images and not found:
         found.append(f"{folder}: holds no pictures (looked for .png, .jpg, .webp, .tif and all else that Pillow reads)")
     if found:
@@ -152,25 +154,42 @@ def _not_our_file(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "is not a file"
 
 
-def _unusable(path: Path, key: str) -> str | None:
-    """What the header already shows to be wrong with a picture."""
+def _header(path: Path, key: str) -> tuple[tuple[int, int], str | None]:
+    """Width and height of a picture, and what the header already shows to be wrong with it."""
+    nothing = (0, 0)
     if any("\ud800" <= c <= "\udfff" for c in key):
-        return "has a name that is not UTF-8; rename it"
+        return nothing, "has a name that is not UTF-8; rename it"
     try:
         if path.stat().st_size == 0:
-            return "is empty (0 bytes)"
+            return nothing, "is empty (0 bytes)"
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None  # our own, clearer limit follows
         try:
             with Image.open(path) as image:
-                width, height = image.size
+                width, height = _upright_size(image)
                 if image.format == "EPS":
-                    return "is a PostScript program, which is never run; save it as PNG"
+                    return nothing, "is a PostScript program, which is never run; save it as PNG"
                 # MPO is a photo with a preview or a second eye beside it, as many phones write under .jpg: its first frame is the photo.
                 frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
         finally:
             Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # Pillow's decoders raise many kinds: each means that this file cannot be read
-        return f"cannot be read as a picture ({_reason(error)})"
+        return nothing, f"cannot be read as a picture ({_reason(error)})"
+    return (width, height), _unusable(width, height, frames)
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """As the picture will be looked at. A PNG is not searched for an orientation behind its pixels, which would decode them, and a TIFF has
+    the one that Pillow's release gives it. EXIF that cannot be read turns nothing here: whoever decodes the picture says so."""
+    if image.format == "TIFF" or (image.format == "PNG" and not {"exif", "XML:com.adobe.xmp"} & image.info.keys()):
+        return image.size
+    try:
+        on_its_side = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # damaged EXIF raises many kinds
+        on_its_side = False
+    return image.size[::-1] if on_its_side else image.size
+
+
+def _unusable(width: int, height: int, frames: int) -> str | None:
     if width * height > MAX_PIXELS:
         return f"is {width}×{height} pixels, more than {MAX_PIXELS:,}; make it smaller"
     if min(width, height) < MIN_SIDE:

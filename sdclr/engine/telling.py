@@ -7,7 +7,7 @@ from collections import Counter
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
-from sdclr.data.dataset import shape_for, size_of
+from sdclr.data.dataset import shape_for
 from sdclr.data.pairs import Split, printable
 from sdclr.engine.plan import Plan
 
@@ -90,7 +90,7 @@ def _captions(split: Split) -> list[tuple[str, str]]:
 def _cuts(config: RunConfig, split: Split) -> list[tuple[str, str]]:
     """What the pictures are cut to, of squares only where that takes much away; and which are too small."""
     data = config.data
-    sizes = [size_of(pair.path) for pair in (*split.train, *split.validation)]
+    sizes = [pair.size for pair in (*split.train, *split.validation)]
     shapes, buckets = (
         [shape_for(*size, data.resolution, aspect) for size in sizes] for aspect in (data.aspect, "buckets")
     )

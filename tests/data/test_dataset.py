@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from sdclr.data.dataset import Shape, View, look, shape_for, shapes, size_of, to_rgb, views
-from sdclr.data.pairs import Pair
+from sdclr.data.dataset import Shape, View, look, shape_for, shapes, to_rgb, views
+from sdclr.data.pairs import Pair, find
 
 
 def pair(path: Path) -> Pair:
@@ -248,6 +248,12 @@ def test_in_a_bucket_a_picture_is_seen_from_edge_to_edge(tmp_path):
     assert seen_.sizes == (16, 48, 0, 0, 16, 48)
 
 
+def header_size(folder: Path) -> tuple[int, int]:
+    """Of the one picture in a folder, as whoever finds it reads it."""
+    (found,) = find(folder, default_caption="words")
+    return found.size
+
+
 @pytest.mark.parametrize("orientation", CORNERS)
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tiff"])
 def test_a_header_tells_the_size_that_a_turned_picture_has(tmp_path, orientation, ending):
@@ -255,7 +261,7 @@ def test_a_header_tells_the_size_that_a_turned_picture_has(tmp_path, orientation
     exif[0x0112] = orientation
     Image.new("RGB", (40, 30)).save(tmp_path / f"a.{ending}", exif=exif)
     with Image.open(tmp_path / f"a.{ending}") as opened:
-        assert size_of(tmp_path / f"a.{ending}") == ImageOps.exif_transpose(opened).size
+        assert header_size(tmp_path) == ImageOps.exif_transpose(opened).size
 
 
 def test_a_header_is_read_though_the_pixels_are_broken(tmp_path):
@@ -263,4 +269,15 @@ def test_a_header_is_read_though_the_pixels_are_broken(tmp_path):
     noise.save(tmp_path / "a.tiff", compression="tiff_lzw")
     data = (tmp_path / "a.tiff").read_bytes()
     (tmp_path / "a.tiff").write_bytes(data[:40] + bytes(200) + data[240:])
-    assert size_of(tmp_path / "a.tiff") == (30, 40)
+    assert header_size(tmp_path) == (30, 40)
+
+
+def test_exif_that_cannot_be_read_turns_nothing_and_is_told_by_whoever_decodes_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.webp", exif=exif)
+    data = (tmp_path / "a.webp").read_bytes()
+    (tmp_path / "a.webp").write_bytes(data.replace(b"MM\x00*", b"MM\xda*").replace(b"II*\x00", b"II*\xda"))
+    assert header_size(tmp_path) == (40, 30)
+    with pytest.raises(SyntaxError):
+        look(pair(tmp_path / "a.webp"), 32, View())
