@@ -23,10 +23,8 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
         if need_plan:
             raise
         missing = problem
-    tests = loaded.config.range_test
-    if (
-        missing or tests.fraction != "auto" or tests.folds > 1
-    ):  # a range test is needed, or was set by hand: it must be possible
+    set_by_hand = loaded.config.range_test.fraction != "auto" or loaded.config.range_test.folds > 1
+    if missing or set_by_hand:  # a range test will be run: its split must be possible
         read_inputs(loaded, measuring=True)
     settle_memory(loaded.config, inputs)
     if not need_plan:

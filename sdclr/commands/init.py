@@ -21,10 +21,8 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     """Write (or print) a config for a folder of images. Raises InputError rather than overwrite a file."""
     if images is not None and not images.is_dir():
         raise InputError(f"{images}: there is no such folder of pictures")
-    name = (
-        re.sub(r"[^\w.@+-]+", "-", images.resolve().name if images else "my-run").lstrip("-.+@").rstrip("-.")[:100]
-        or "my-run"
-    )
+    name = re.sub(r"[^\w.@+-]+", "-", images.resolve().name if images else "")
+    name = name.lstrip("-.+@").rstrip("-.")[:100] or "my-run"
     given = {
         "run.name": name,
         "model.base": base,

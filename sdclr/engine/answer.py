@@ -33,8 +33,6 @@ def as_answer(
     `longest`.
     """
     ceiling, best, gain = bounds.ceiling, bounds.best_exposure, bounds.gain
-    arms = [dataclasses.asdict(arm) | {"steps": steps.get(arm.lr, 0)} for arm in bounds.arms]
-    order = ("lr", "steps", "excess", "low", "high", "ragged", "per_image", "verdict")
     record = {
         "verdict": "conclusive" if ceiling and best and not reasons else "inconclusive",
         "reasons": [dataclasses.asdict(reason) for reason in reasons],
@@ -45,7 +43,7 @@ def as_answer(
         "gain": dataclasses.asdict(gain) | {"base_loss": float(np.mean(base))} if gain else None,
         "recommended": None,
         "reference": {"lr": reference.lr, "steps": steps.get(reference.lr, 0)} if reference else None,
-        "arms": [{key: arm[key] for key in order} for arm in arms],
+        "arms": [{"lr": arm.lr, "steps": steps.get(arm.lr, 0)} | dataclasses.asdict(arm) for arm in bounds.arms],
     }
     plain: dict[str, Any] = finite(record)
     return plain
@@ -63,9 +61,9 @@ def with_run(answer: dict[str, Any], config: RunConfig, inputs: Inputs) -> dict[
     try:
         steps = steps_to_exposure(config, per_epoch, peak, config.train.kappa * answer["best_exposure"]["value"])
         schedule = make_schedule(config, per_epoch, steps, peak)
-        problem = peak_end(config, schedule)
-        if problem:
-            raise InputError(f"it {problem}", hint="set the schedule otherwise")
+        near_peak = peak_end(config, schedule)
+        if near_peak:
+            raise InputError(f"it {near_peak}", hint="set the schedule otherwise")
     except InputError as problem:
         console.warn(f"no run follows from the answer: {problem.message}\n  {problem.hint}")
         return answer

@@ -116,10 +116,8 @@ def refuse_other_mathematics(
 
     Other rates that are asked for with --set are taken, with a warning.
     """
-    stored = start.info()["config"]
-    before = {
-        name: _defaults(section) | stored.get(name, {}) for name, section in RunConfig.model_fields.items()
-    }  # it may be older than a key
+    stored = start.info()["config"]  # which may be older than a key
+    before = {name: _defaults(section) | stored.get(name, {}) for name, section in RunConfig.model_fields.items()}
     if plan.steps < start.step:
         raise CheckpointError(
             f"the plan has {plan.steps} steps, and {start.step} are done",

@@ -29,7 +29,7 @@ from sdclr.engine.checkpoint import (
     save_model,
     snapshot,
     verify,
-)  # fmt: skip
+)
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder, as_umask_says, publish, storage_errors, sync_tree, write_bytes, write_text
 from sdclr.engine.plan import Plan

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from sdclr.config.schema import ModelSection
 from sdclr.errors import InputError, first_line
+from sdclr.model import adapters
 
 if TYPE_CHECKING:
     from sdclr.model.components import Components
@@ -29,7 +30,6 @@ WEIGHTS = {
 """The stem of each part's weights file in a diffusers folder."""
 CONFIGS = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0")
 """Where a single file may take its configs from: Stable Diffusion 1.x, SDXL."""
-LORA = "pytorch_lora_weights"
 A_LORA = "is a LoRA, small matrices beside a model's weights; name the model itself"
 MODEL_HINT = f"model.base takes a diffusers folder, one .safetensors file (with model.config), or a hub id such as {' or '.join(CONFIGS)}"
 
@@ -200,7 +200,7 @@ def _odd_noise(parts: Components) -> Iterator[str]:
 
 def problems_of(folder: Path) -> list[str]:
     """What is missing or damaged in a diffusers folder, a line each."""
-    if not (folder / INDEX).is_file() and (folder / f"{LORA}.safetensors").is_file():
+    if not (folder / INDEX).is_file() and (folder / adapters.FILE).is_file():
         return [f"model.base {folder}: {A_LORA}"]
     if not (folder / INDEX).is_file():
         return [f"model.base {folder}: is not a diffusers folder ({INDEX} is missing)"]

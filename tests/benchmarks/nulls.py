@@ -74,8 +74,7 @@ def learned(place: Place, seed: int, truth: dict[str, Any]) -> dict[str, Any]:
         steps = max(1, min(2 * MOST, round(2 * truth["best_exposure"] / lr)))
         loaded, inputs = place.load(0, ["validation.fraction=0"])
         run = Run(loaded.config, inputs)
-        norm = loaded.config.optimizer.max_grad_norm
-        curve(run, norm, "learned", lambda step: lr, steps, (), lambda exposure, losses: False, lambda: 0.0)
+        curve(run, "learned", lambda step: lr, steps, (), lambda exposure, losses: False, lambda: 0.0)
         run.parts.save_pipeline(folder)
         return folder
 

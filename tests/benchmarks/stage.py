@@ -19,7 +19,6 @@ from sdclr.data.batches import Inputs
 from sdclr.data.pairs import Split
 from sdclr.engine.fingerprint import model_fingerprint
 from sdclr.engine.folder import write_text
-from sdclr.engine.loop import optimizer_steps
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.engine.validation import fixed_draws
@@ -104,9 +103,7 @@ class Judge:
         `enough(exposures, losses)` so far may end it sooner. Losses are the held-out ones unless `measure` says otherwise;
         `train_losses` and `rates` are of every step.
         """
-        return curve(
-            self.run, self.config.optimizer.max_grad_norm, name, lr_at, last, points, enough, measure or self.loss
-        )
+        return curve(self.run, name, lr_at, last, points, enough, measure or self.loss)
 
     def short_curve(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         """As `curve`, without what is of every step."""
@@ -116,7 +113,6 @@ class Judge:
 
 def curve(
     run: Run,
-    max_grad_norm: float | None,
     name: str,
     lr_at: Callable[[int], float],
     last: int,
@@ -134,9 +130,7 @@ def curve(
     diverged = False
     with console.progress(name, total=last) as bar:
         try:
-            for done in optimizer_steps(
-                run.fresh_state(), run.batches, run.add_gradients, lr_at, last, run.accelerator, max_grad_norm
-            ):
+            for done in run.steps(run.fresh_state(), lr_at, last):
                 train_losses.append(done.loss)
                 rates.append(done.lr)
                 bar.advance(f"lr {done.lr:.2g}")

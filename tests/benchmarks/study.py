@@ -360,8 +360,6 @@ def climb(
     study: Study, bench: Any, schedule: Schedule, cycle: int, prompts: Sequence[Portrait], about: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The untouched base, then each trough that is a rung: its losses and what its pictures show."""
-    from sdclr.engine.loop import optimizer_steps
-
     run = bench.run
     painter = Painter(study, run, prompts, bench.folder)
     untouched = run.fresh_state()
@@ -372,12 +370,9 @@ def climb(
         **losses_of(bench, run.losses(bench.held_out, bench.draws)),
         **painter.look(0),
     }
-    steps = optimizer_steps(
-        untouched, run.batches, run.add_gradients, schedule, schedule.steps, run.accelerator, bench.config.optimizer.max_grad_norm
-    )  # fmt: skip
     due = {rung * cycle: rung for rung in study.scale.rungs}
     try:
-        for result in steps:
+        for result in run.steps(untouched, schedule, schedule.steps):
             if result.step in due:
                 losses = losses_of(bench, run.losses(bench.held_out, bench.draws))
                 kappa = result.exposure / study.best_exposure

@@ -228,7 +228,12 @@ def test_what_cannot_be_together_is_refused(write, model, settings, words):
 
 
 def test_updates_in_the_backward_are_possible_one_picture_at_a_time(write):
-    train(write("optimizer: {fused_backward: true, max_grad_norm: null}\nbatch: {size: 1}"))
+    final = {}
+    for name, fused in (("fused", "true"), ("plain", "false")):
+        path = write(f"optimizer: {{fused_backward: {fused}, max_grad_norm: null}}\nbatch: {{size: 1}}", folder=name)
+        train(path)
+        final[name] = (path.parent / "runs" / "tiny" / WEIGHTS).read_bytes()
+    assert final["fused"] == final["plain"]
 
 
 def test_samples_have_the_size_that_is_asked_for(write):

@@ -426,7 +426,8 @@ def test_cycles_of_a_few_steps_that_train_nothing_or_end_high_are_refused(write:
 
 @pytest.mark.parametrize(("steps", "cycles"), [(80, 20), (40, 3), (101, 4), (65, 8)])
 def test_cycles_of_four_steps_and_more_are_planned(write: Write, steps: int, cycles: int) -> None:
-    plan_of(write(schedule=f"{{policy: triangular, max_lr: 1e-3, cycles: {cycles}}}", train=f"{{steps: {steps}}}"))
+    loaded = write(schedule=f"{{policy: triangular, max_lr: 1e-3, cycles: {cycles}}}", train=f"{{steps: {steps}}}")
+    assert (plan_of(loaded).steps, plan_of(loaded).schedule.cycles) == (steps, pytest.approx(cycles))
 
 
 def test_a_plan_far_beyond_what_was_measured_is_said(write: Write) -> None:
