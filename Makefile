@@ -7,10 +7,10 @@ BIN = $(VENV)/bin
 
 install: $(VENV)/installed
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml .constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable '.[dev]'
 	touch $@
 
 demo: install  ## range-test, train and sample on the embedded model and images
@@ -23,7 +23,7 @@ measure: install  ## how good the embedded model is: VAE PSNR, obedience to held
 	$(BIN)/python data/measure_demo.py
 
 bench: install  ## sdclr train beside the bare floor and diffusers' script: a quarter of an hour on an idle machine (BENCH='--quick' for minutes)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/pip install --quiet --constraint .constraints.txt --editable '.[bench]'
 	$(BIN)/python tests/benchmarks/throughput.py $(BENCH)
 
 bench-range-test: install  ## the range test against brute force, on every case: hours (BENCH='--quick' for minutes); goes on where it stopped
@@ -49,7 +49,7 @@ test-faults: install  ## every kill, corruption, full disk and hostile input, wi
 audit: install  ## known vulnerabilities of the pinned dependencies (asks PyPI)
 	$(PYTHON) -m venv build/audit
 	build/audit/bin/pip install --quiet pip-audit
-	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	build/audit/bin/pip-audit --requirement .constraints.txt --no-deps --disable-pip
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -246,6 +246,22 @@ def sample(
 
 
 @app.command()
+def draw(
+    config: Config,
+    prompt: Annotated[list[str], typer.Argument(help="what to draw; several take turns", show_default=False)],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the folder to draw into", show_default=False)],
+    count: Annotated[int, typer.Option("--count", "-n", min=1, max=10_000, help="how many pictures in all")] = 100,
+    set_: Sets = [],  # noqa: B006
+    quiet: Quiet = False,
+) -> None:
+    """Draw captioned pictures with the untouched base. For prior.images: what the model shall keep."""
+    _begin(config, set_, quiet)
+    from sdclr.commands.draw import draw as command
+
+    command(config, prompt, output, count, set_)
+
+
+@app.command()
 def export(
     config: Config,
     set_: Sets = [],  # noqa: B006

@@ -31,6 +31,7 @@ def counted_once() -> Iterator[None]:
                 config.model,
                 config.lora,
                 config.data,
+                config.prior,
                 config.optimizer,
                 config.validation,
                 config.checkpoint,

@@ -72,7 +72,7 @@ def test_a_run_that_diverged_makes_no_pair_and_is_counted(study):
 def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model, tmp_path, monkeypatch):
     scale = study.Scale(
         seeds=(1,), folds=(0, 1), factors=(1.0,), cycles=(1,), sizes=(17,), size_sets=(0,), replays=("all-images", "constant"),
-        rates=(1.0,), rungs=(1, 2), truth=6, draws=2, prompts=2, pictures=2, sampler_steps=2,
+        rates=(1.0,), rungs=(1, 2), prior=4, prior_rungs=(1,), truth=6, draws=2, prompts=2, pictures=2, sampler_steps=2,
     )  # fmt: skip
     arguments = ["--base", str(model), "--ceiling", "1e-3", "--best-exposure", "4e-3", "--workers", "1", "--build", str(tmp_path / "build"),
                  "--results", str(tmp_path / "results"), "--set", "train.steps=40", "--set", "train.kappa=1"]  # fmt: skip
@@ -83,8 +83,11 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     assert [r["steps"] for r in record["replays"]] == [[0, 20, 40], [0, 20, 40]]
     assert [r["step"] for r in record["ladder"]] == [0, 4, 8]
     assert [r["kappa"] for r in record["ladder"]] == pytest.approx([0, 0.5, 1.0])
+    assert [(r["fold"], r["prior"], r["step"]) for r in record["prior"]] == [
+        (fold, prior, step) for fold in (0, 1) for prior in (False, True) for step in (0, 4)
+    ]
     text = (results / "study.md").read_text()
-    for name in ("schedules.png", "ladder.png", "ladder-grid.png", "published.png", "replays.png"):
+    for name in ("schedules.png", "ladder.png", "ladder-grid.png", "prior-grid.png", "published.png", "replays.png"):
         assert name in text
         assert Image.open(results / name).width > 0
 
@@ -96,17 +99,24 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     monkeypatch.setattr(Bench, "_run", never)
     monkeypatch.setattr(study, "climb", never)
     again = study.Study(scale, str(model), tmp_path / "build", 1e-3, 4e-3, ("train.steps=40", "train.kappa=1"))
-    jobs = [job for part in ("schedules", "ladder", "replays") for job in study.PARTS[part].jobs(again)]
+    jobs = [job for part in ("schedules", "ladder", "prior", "replays") for job in study.PARTS[part].jobs(again)]
     rows = study.run_jobs(again, jobs, workers=1)
     assert rows == {part: record[part] for part in rows}
 
 
-def test_a_call_for_some_parts_keeps_what_an_earlier_one_found_on_the_same_scale(study):
-    scale = {"base": "tiny", "ceiling": 1e-4, "best_exposure": 0.02}
+def test_a_call_for_some_parts_keeps_what_an_earlier_one_found(study):
+    of = {"ceiling": 1e-4, "best_exposure": 0.02}
+    scale = {"base": "tiny", "measured": dict.fromkeys(study.PARTS, of)}
     empty: dict = {part: [] for part in study.PARTS}
     earlier = scale | empty | {"schedules": [row("constant", 1, 0.5), row("constant", 1, 0.5, factor=2.0)]}
     record = scale | empty | {"schedules": [row("constant", 1, 0.4)], "sizes": [row("linear", 1, 0.3)]}
     merged = study.with_earlier(record, earlier)
     assert [(r["factor"], r["end"]["truth"]) for r in merged["schedules"]] == [(1.0, 0.4), (2.0, 0.5)]
     assert merged["sizes"] == record["sizes"]
-    assert study.with_earlier(record | {"ceiling": 2e-4}, earlier)["schedules"] == record["schedules"]
+    other = record | {"measured": dict.fromkeys(study.PARTS, of | {"ceiling": 2e-4})}
+    assert study.with_earlier(other, earlier)["schedules"] == record["schedules"]
+    assert study.with_earlier(record | {"base": "other"}, earlier)["schedules"] == record["schedules"]
+    unasked = other | {"schedules": []}
+    kept = study.with_earlier(unasked, earlier)
+    assert (kept["schedules"], kept["measured"]["schedules"]) == (earlier["schedules"], of)
+    assert kept["measured"]["sizes"] == other["measured"]["sizes"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -19,6 +18,10 @@ from sdclr.engine.fingerprint import another_base, model_fingerprint, model_sett
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.errors import DataError, InputError, first_line
 from sdclr.report import console, figures, page
+
+if TYPE_CHECKING:
+    from sdclr.engine.checkpoint import Checkpoint
+    from sdclr.engine.painter import Painter
 
 MAX_COLUMNS = 8
 """Columns taken from one run's checkpoints when none are named: more are thinned evenly, the best always stays."""
@@ -46,7 +49,7 @@ def sample(
     loaded = source.load(config_path, overrides)
     config = loaded.config
     run = RunFolder(config.folder)
-    columns = [Column("base", None, model_fingerprint(config.model.base), {})]
+    columns = [_base(config)]
     folders = [config.folder, *runs]
     if checkpoints:
         columns += [_column(run.state(path), None, run) for path in checkpoints]
@@ -72,69 +75,59 @@ def sample(
 
 def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Image.Image]:
     """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
-    s = config.sample
-    wanted = [(c, prompt, seed) for c in range(len(columns)) for prompt in s.prompts for seed in s.seeds]
-    base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
-    computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
-    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *_size(config))
-    paths = {cell: cells / f"{key_of(columns[cell[0]].identity, cell[1], cell[2], *settings)}.png" for cell in wanted}
+    paths = _paths(config, columns, cells)
     # By path, because two columns may hold the same weights: the best state is often a trough.
-    missing = list({paths[cell]: cell for cell in reversed(wanted) if not _readable(paths[cell])}.values())
+    missing = list({path: cell for cell, path in reversed(paths.items()) if not _readable(path)}.values())
     if missing:
+        from sdclr.engine.painter import KeptStates
+
         with console.progress("drawing", len(missing)) as bar:
-            painter = _Painter(config)
+            painter = KeptStates(config)
             for c in sorted({cell[0] for cell in missing}):
                 painter.load(columns[c].weights)
                 for cell in (cell for cell in missing if cell[0] == c):
-                    buffer = io.BytesIO()
-                    painter.draw(cell[1], cell[2]).save(buffer, "png")
-                    write_bytes(paths[cell], buffer.getvalue())
+                    write_bytes(paths[cell], figures.png(painter.draw(cell[1], cell[2])))
                     bar.advance(columns[c].label.replace("\n", " "))
     return {cell: Image.open(path).convert("RGB") for cell, path in paths.items()}
 
 
-class _Painter:
-    """diffusers' pipeline with the weights of one column at a time."""
+def draw_at_work(config: RunConfig, step: int, painter: Painter, heard: Callable[[str], None]) -> None:
+    """For a run at work, at a step whose trough it has just kept (0: the base): draw that with the weights as they are, and lay it beside what
+    has been drawn before. These are the cells that `sample` would draw; `heard` is told how far it has come."""
+    from sdclr.engine.checkpoint import TROUGH, available
 
-    def __init__(self, config: RunConfig):
-        from sdclr.engine.run import make_accelerator
-        from sdclr.model import components, encoders
-
-        self.config, self.components = config, components
-        self.accelerator = make_accelerator(config)
-        self.parts = components.load(config.model)
-        components.set_attention(self.parts.unet, config.model.attention, self.accelerator.device)
-        self.base = {  # of all that another folder may bring: another run's checkpoints may hold what this config does not train
-            name: {k: v.clone() for k, v in m.state_dict().items()}
-            for name, m in self.parts.networks.items()
-            if name != "vae"
-        }
-        if self.parts.is_xl:
-            encoders.decode_in_fp32(self.parts.vae)
-        self.pipeline = self.parts.pipeline().to(self.accelerator.device)
-
-    def load(self, folder: Path | None) -> None:
-        """The base's weights, or those of a checkpoint or exported folder laid over them."""
-        for name, weights in self.base.items():
-            getattr(self.parts, name).load_state_dict(weights)
-        if folder:
-            self.components.load_trained(self.parts, folder, besides=("vae",))
-
-    def draw(self, prompt: str, seed: int) -> Image.Image:
-        """One picture, exactly as a user's own call of the pipeline with this seed."""
-        import torch
-
-        s, (width, height) = self.config.sample, _size(self.config)
-        with self.accelerator.autocast():
-            return self.pipeline(
-                prompt, negative_prompt=s.negative_prompt or None, num_inference_steps=s.steps, guidance_scale=s.guidance, height=height, width=width,
-                generator=torch.Generator().manual_seed(seed),
-            ).images[0]  # fmt: skip
+    run = RunFolder(config.folder)
+    troughs = _thinned(available(run.checkpoints, (TROUGH,)), MAX_COLUMNS - 1)
+    columns = [_base(config), *(_kept(trough) for trough in troughs)]
+    paths = _paths(config, columns, run.samples / "cells")
+    due = [
+        cell for cell, path in paths.items() if columns[cell[0]].about.get("step", 0) == step and not _readable(path)
+    ]
+    for number, cell in enumerate(due):
+        heard(f"drawing {number + 1} of {len(due)}")
+        write_bytes(paths[cell], figures.png(painter.draw(cell[1], cell[2])))
+    drawn = [c for c in range(len(columns)) if all(_readable(path) for cell, path in paths.items() if cell[0] == c)]
+    shown = [columns[c] for c in drawn]
+    if shown:
+        _write(config, shown, draw_missing(config, shown, run.samples / "cells"), run.samples, None, None)
 
 
-def _size(config: RunConfig) -> tuple[int, int]:
-    """Width and height of a drawn picture, in pixels."""
-    return config.sample.size or (config.data.resolution, config.data.resolution)
+def _paths(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Path]:
+    """Where the picture of each cell (column, prompt, seed) lies: named by all that it depends on."""
+    s = config.sample
+    base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
+    computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
+    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *config.sample_size)
+    return {
+        (c, prompt, seed): cells / f"{key_of(column.identity, prompt, seed, *settings)}.png"
+        for c, column in enumerate(columns)
+        for prompt in s.prompts
+        for seed in s.seeds
+    }
+
+
+def _base(config: RunConfig) -> Column:
+    return Column("base", None, model_fingerprint(config.model.base), {})
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
@@ -150,17 +143,28 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
         console.say(
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
-        troughs = [troughs[round(i * (len(troughs) - 1) / (room - 1))] for i in range(room)]
-    return [_column(c.path, run_name, run) for c in (*troughs, *others)]
+    return [_column(c.path, run_name, run) for c in (*_thinned(troughs, room), *others)]
+
+
+def _thinned(states: Sequence[Checkpoint], room: int) -> Sequence[Checkpoint]:
+    """As many as there is room for, spread evenly from the first to the last."""
+    if len(states) <= room:
+        return states
+    return [states[round(i * (len(states) - 1) / (room - 1))] for i in range(room)]
 
 
 def _column(path: Path, run_name: str | None, run: RunFolder) -> Column:
     """A column for a checkpoint (verified) or any folder with a unet/ or a LoRA inside. Raises InputError when it is neither."""
     from sdclr.engine.checkpoint import kept_in
 
-    checkpoint, identity = kept_in(path, run.checkpoints), model_fingerprint(str(path))
+    checkpoint = kept_in(path, run.checkpoints)
     if checkpoint is None:
-        return Column("\n".join(filter(None, [run_name, path.name])), path, identity, {})
+        return Column("\n".join(filter(None, [run_name, path.name])), path, model_fingerprint(str(path)), {})
+    return _kept(checkpoint, run_name)
+
+
+def _kept(checkpoint: Checkpoint, run_name: str | None = None) -> Column:
+    """A column for a checkpoint that is known to be whole."""
     info = checkpoint.info()
     words = [
         run_name,
@@ -171,7 +175,8 @@ def _column(path: Path, run_name: str | None, run: RunFolder) -> Column:
         words.append(f"held out {info['validation_loss']:.4f}")
     keys: tuple[str, ...] = ("step", "exposure", "kappa", "validation_loss", "averaged")
     about = {key: info[key] for key in keys if key in info}
-    return Column("\n".join(w for w in words if w), path, identity, about)
+    label = "\n".join(w for w in words if w)
+    return Column(label, checkpoint.path, model_fingerprint(str(checkpoint.path)), about)
 
 
 def _say_who_has_another_base(columns: Sequence[Column], model: ModelSection) -> None:
@@ -254,15 +259,12 @@ def _write(
     """grid.png, grid.json and index.html; returns the first."""
     rows = [(prompt, seed) for prompt in config.sample.prompts for seed in config.sample.seeds]
     cells = [[pictures[c, prompt, seed] for c in range(len(columns))] for prompt, seed in rows]
-    grid = figures.grid(
-        cells, [c.label for c in columns], [f"{prompt or '(no prompt)'}\nseed {seed}" for prompt, seed in rows]
-    )
-    buffer = io.BytesIO()
-    grid.save(buffer, "png")
-    write_bytes(target / "grid.png", buffer.getvalue())
+    names = [f"{prompt or '(no prompt)'}\nseed {seed}" for prompt, seed in rows]
+    grid = figures.png(figures.grid(cells, [c.label for c in columns], names))
+    write_bytes(target / "grid.png", grid)
     record = _record(config, columns, rows, score, scores)
     write_json(target / "grid.json", record)
-    sections: list[dict[str, Any]] = [{"title": "Grid", "picture": buffer.getvalue()}]
+    sections: list[dict[str, Any]] = [{"title": "Grid", "picture": grid}]
     if scores:
         text = f"By {score}: mean ± spread over the pictures of a column; likeness and obedience are cosines, variety is 1 − cosine."
         sections.append({"title": "Scores", "text": text, "header": SCORE_HEADER, "rows": _score_rows(columns, scores)})
@@ -294,7 +296,7 @@ def _record(
         "steps": s.steps,
         "guidance": s.guidance,
         "resolution": config.data.resolution,
-        "size": list(_size(config)),
+        "size": list(config.sample_size),
     }
     return {
         "columns": shown,

@@ -59,9 +59,10 @@ def train(
         for caution in cautions(planned_by, plan):
             console.warn(caution)
         config = settle_memory(config, inputs)
+        from sdclr.commands.sample import draw_at_work
         from sdclr.engine.session import Session
 
-        session = Session(config, plan, folder, inputs, rows)
+        session = Session(config, plan, folder, inputs, rows, draw_at_work)
         session.train(start, loaded.typed)
         session.finish()
     console.result(str(folder.final))

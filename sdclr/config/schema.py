@@ -170,6 +170,26 @@ class DataSection(Section):
         return crops
 
 
+class PriorSection(Section):
+    """Other pictures of the subject's kind, so that the model keeps what it knows of them (Ruiz 2022, arXiv 2208.12242, section 3.2)."""
+
+    images: Place | None = Field(
+        None,
+        description="folder of them, captioned as data.images is; a step takes as many of them as of the subject, and twice as long. null: none",
+    )
+    weight: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
+        1.0, description="of their loss beside the subject's"
+    )
+    caption: Text | None = Field(None, description="one caption for every one that has no caption file")
+
+    @model_validator(mode="after")
+    def _settings_have_pictures(self) -> PriorSection:
+        idle = [key for key in ("weight", "caption") if getattr(self, key) != type(self).model_fields[key].default]
+        if idle and self.images is None:
+            raise problems([(key, "has no effect: prior.images is null") for key in idle])
+        return self
+
+
 class ValidationSection(Section):
     """The held-out split, and how often and how finely it is measured."""
 
@@ -317,6 +337,10 @@ class SampleSection(Section):
     size: tuple[Side, Side] | None = Field(
         None, description="[width, height] in pixels, multiples of 8; null: data.resolution, square"
     )
+    at_troughs: bool = Field(
+        False,
+        description="draw while training too: the base, then each trough as it is kept, into the same grid (samples/index.html)",
+    )
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="of the sampler")
     guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = Field(
         7.5, description="how strongly the prompt is followed (classifier-free guidance); 1: not beyond the model's own"
@@ -330,6 +354,7 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    prior: PriorSection = PriorSection()
     validation: ValidationSection = ValidationSection()
     optimizer: OptimizerSection = OptimizerSection()
     loss: LossSection = LossSection()
@@ -367,6 +392,17 @@ class RunConfig(Section):
         model = info.data.get("model")
         if model and optimizer.text_encoder_scale != 1.0 and "text_encoder" not in model.train:
             raise problem("has no effect: model.train does not name text_encoder", at="text_encoder_scale")
+        return optimizer
+
+    @field_validator("optimizer")
+    @classmethod
+    def _update_follows_the_whole_gradient(cls, optimizer: OptimizerSection, info: ValidationInfo) -> OptimizerSection:
+        prior = info.data.get("prior")
+        if prior and prior.images and optimizer.fused_backward:
+            raise problem(
+                "updates weights after every backward, and prior.images makes two of each step: set one of them to its default",
+                at="fused_backward",
+            )
         return optimizer
 
     @field_validator("batch")
@@ -415,6 +451,21 @@ class RunConfig(Section):
         if schedule and checkpoint.average and schedule.policy not in CYCLIC:
             raise problem(f"has no effect with schedule.policy: {schedule.policy} (it has no troughs)", at="average")
         return checkpoint
+
+    @field_validator("sample")
+    @classmethod
+    def _there_are_troughs_to_draw(cls, sample: SampleSection, info: ValidationInfo) -> SampleSection:
+        schedule, checkpoint = info.data.get("schedule"), info.data.get("checkpoint")
+        if schedule and sample.at_troughs and schedule.policy not in CYCLIC:
+            raise problem(f"has no effect with schedule.policy: {schedule.policy} (it has no troughs)", at="at_troughs")
+        if checkpoint and sample.at_troughs and not checkpoint.at_troughs:
+            raise problem("draws the troughs that are kept, and checkpoint.at_troughs is false", at="at_troughs")
+        return sample
+
+    @property
+    def sample_size(self) -> tuple[int, int]:
+        """Width and height of a drawn picture, in pixels."""
+        return self.sample.size or (self.data.resolution, self.data.resolution)
 
     @property
     def folder(self) -> Path:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from sdclr.data.pairs import Split
+from sdclr.data.pairs import Pair, Split
 from sdclr.seeding import derive, numpy_rng
 
 Item = TypeVar("Item")
@@ -79,14 +79,21 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The images of a run, split, and how they are sampled."""
+    """The images of a run, split, and how they are sampled; `prior` are other pictures that are trained on beside them."""
 
     split: Split
     batches: Batches
+    prior: tuple[Pair, ...] = ()
 
     @property
     def steps_per_epoch(self) -> float:
         return self.batches.steps_per_epoch
+
+    @property
+    def prior_batches(self) -> Batches:
+        """The stream of the prior pictures: as many in a step, from a seed of their own."""
+        seed = derive(self.batches.seed, "prior")
+        return dataclasses.replace(self.batches, seed=seed, images=len(self.prior))
 
 
 @lru_cache(maxsize=8)

@@ -7,11 +7,13 @@ import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.batches import Inputs
+from sdclr.data.pairs import Pair
 from sdclr.engine.folder import RunFolder, read_json, storage_errors
 from sdclr.errors import InputError
 
@@ -19,21 +21,28 @@ from sdclr.errors import InputError
 def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
     """What a range test's answer depends on; a later run must agree in all of it to use the answer."""
     split = inputs.split
-    images = hashlib.blake2b(digest_size=16)
-    for pair in sorted((*split.train, *split.validation), key=lambda p: p.key):
-        images.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + sampled(pair.path))
     return {
         **base_fingerprint(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
         "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
-        "images": images.hexdigest(),
+        "images": _pictures((*split.train, *split.validation)),
+        "prior_images": _pictures(inputs.prior) if inputs.prior else None,
+        "prior_weight": config.prior.weight if inputs.prior else None,
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
         "aspect": config.data.aspect if config.data.aspect != "square" else None,
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
     }
+
+
+def _pictures(pairs: Iterable[Pair]) -> str:
+    """A hash of pictures and captions."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in sorted(pairs, key=lambda p: p.key):
+        digest.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + sampled(pair.path))
+    return digest.hexdigest()
 
 
 def base_fingerprint(model: ModelSection) -> dict[str, str]:
@@ -163,5 +172,10 @@ def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, A
 
 def in_words(key: str, theirs: Any, ours: Any) -> str:
     """A difference of fingerprints for its reader, to whom hashes say nothing."""
-    hashes = {"images": "pictures or captions", "model": "the model's weights", "model_settings": "the model's configs"}
+    hashes = {
+        "images": "pictures or captions",
+        "prior_images": "prior pictures or their captions",
+        "model": "the model's weights",
+        "model_settings": "the model's configs",
+    }
     return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"

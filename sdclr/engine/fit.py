@@ -104,7 +104,7 @@ def _foretell(config: RunConfig, inputs: Inputs, keeps_base: bool, every_size: b
 
     count, in_shares, split = inputs.batches.processes, sharding.asked(), inputs.split
     size = inputs.batches.size // count
-    needs, free, where = _needs(config, len(split.train), len(split.validation), keeps_base, None if every_size else size)  # fmt: skip
+    needs, free, where = _needs(config, len(split.train) + len(inputs.prior), len(split.validation), keeps_base, None if every_size else size)  # fmt: skip
     if count > 1:
         needs = needs.shared(count) if in_shares else needs.side_by_side()
         if where == IN_RAM:  # which all processes of a machine take from

@@ -63,6 +63,7 @@ class Needs:
     validation: Moments | None
     draws: int
     encoding: int
+    drawing: int = 0
     kept: float = 0.0
     kept_training: float = 0.0
     recorded: bool = False
@@ -88,12 +89,12 @@ class Needs:
         return dataclasses.replace(self, parts=self.parts | {"exchange": self.trained_bytes})
 
     def working(self, batch: int) -> int:
-        """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
-        is recorded, for its memory stays its own), and what is kept beside them."""
+        """The peak of gradients and activations, in a training step, in a validation or in drawing, whichever is highest (the step's and
+        the others' together where it is recorded, for its memory stays its own), and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
         training_and_kept = (1 + self.kept_training) * self.training.peak(batch)
-        looking_and_kept = (1 + self.kept) * looking
-        return int(training_and_kept + looking_and_kept if self.recorded else max(training_and_kept, looking_and_kept))
+        others_and_kept = (1 + self.kept) * max(looking, self.drawing)
+        return int(training_and_kept + others_and_kept if self.recorded else max(training_and_kept, others_and_kept))
 
     def largest(self, memory: int, most: int) -> int:
         """The largest batch up to `most` that fits; 0 when not even one sample does."""
@@ -120,12 +121,14 @@ def count(
         training = work.moments(True, only)
         validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
         encoding = work.encoding()
+        drawing = work.drawing() if config.sample.at_troughs else 0
     parts, weights = work.parts, sum(map(_bytes, work.trained))
     trained = sum(p.nbytes for module in work.trained for p in adapters.trained(module))
     frozen = {name: _bytes(module) for name, module in parts.networks.items() if name not in config.model.train}
     lasting = {"weights": weights, "optimizer": _optimizer_bytes(config, work.trained)}
     if device.type == "cuda":
         encoding += sum(_bytes(module) for name, module in parts.networks.items() if name != "unet")
+        drawing += sum(frozen.values()) * config.sample.at_troughs
     else:  # the frozen parts, the copy of the best or untouched weights, and the data lie in the same memory
         copy = trained * ((config.checkpoint.best and held_out > 0) or keeps_base)
         lasting |= {
@@ -144,7 +147,7 @@ def count(
     if kept and config.lora.rank and config.model.gradient_checkpointing is True:
         kept_training = KEPT_RECOMPUTED
     recorded = graph.wanted(config, device, precision)
-    return Needs(lasting, trained, training, validation, draws, encoding, kept, kept_training, recorded)
+    return Needs(lasting, trained, training, validation, draws, encoding, drawing, kept, kept_training, recorded)
 
 
 def available(device: torch.device) -> int:
@@ -238,7 +241,8 @@ class _Work:
             components.attach_lora(self.parts, config, precision)
         self.trained = list(self.parts.trainable(config.model.train).values())
         vae, unet = self.parts.vae.config, self.parts.unet.config
-        side = config.data.resolution // 2 ** (len(vae.block_out_channels) - 1)
+        self.factor = 2 ** (len(vae.block_out_channels) - 1)
+        side = config.data.resolution // self.factor
         self.latent = (vae.latent_channels, side, side)
         self.tokens, self.width = self.parts.text_encoder.config.max_position_embeddings, unet.cross_attention_dim
         second = self.parts.text_encoder_2
@@ -260,6 +264,16 @@ class _Work:
             self.parts.vae.encode(torch.empty(group, 3, side, side, device=self.where))
         return max(ledger.moments)
 
+    def drawing(self) -> int:
+        """The peak of the sampler, which asks with and without the prompt at once (classifier-free guidance), and of the VAE that decodes one
+        picture, beyond the weights."""
+        width, height = self.config.sample_size
+        drawn = (self.latent[0], height // self.factor, width // self.factor)
+        asked = 2 if self.config.sample.guidance > 1 else 1
+        with self._counted(grad=False) as ledger, contextlib.nullcontext() if self.pooled else self._autocast():
+            self.parts.vae.decode(torch.empty(1, *drawn, device=self.where))  # SDXL's in fp32: see encoders
+        return max(*self._pass(asked, grad=False, latent=drawn), *ledger.moments)
+
     def data_bytes(self, images: int, held_out: int) -> int:
         """Latents (mean and spread of every view) and encoded captions; as many training pictures as are held out are measured beside these."""
         data = self.config.data
@@ -267,9 +281,9 @@ class _Work:
         captions = 0 if "text_encoder" in self.config.model.train else images + 2 * held_out
         return 4 * (seen * 2 * math.prod(self.latent) + captions * (self.tokens * self.width + self.pooled))
 
-    def _pass(self, batch: int, grad: bool) -> list[int]:
+    def _pass(self, batch: int, grad: bool, latent: tuple[int, ...] = ()) -> list[int]:
         with self._counted(grad) as ledger:
-            latents = torch.empty(batch, *self.latent, device=self.where)
+            latents = torch.empty(batch, *(latent or self.latent), device=self.where)
             timesteps = torch.empty(batch, dtype=torch.long, device=self.where)
             told = {"encoder_hidden_states": torch.empty(batch, self.tokens, self.width, device=self.where)}
             if self.pooled:

@@ -7,6 +7,7 @@ what is done.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdclr.config.kinds import MAX_STEPS, Span
@@ -88,15 +89,20 @@ def read_inputs(
                 f"is {config.range_test.folds}: {len(split.validation)} of {len(found)} images held out each time leave {most} splits that do not overlap",
             )
         )
+    prior = tuple(pairs.find(config.prior.images, config.prior.caption, "prior.images")) if config.prior.images else ()
+    if config.prior.images and len(prior) < size:
+        problems.append(
+            loaded.problem("prior.images", f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}")
+        )
     if problems:
         raise ConfigError(problems)
-    _refuse_leaks(split)
+    _refuse_leaks(split, prior)
     batches = Batches(
         seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
         size=size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
         rank=rank, processes=processes,
     )  # fmt: skip
-    return Inputs(split, batches)
+    return Inputs(split, batches, prior)
 
 
 def held_out_share(config: RunConfig, images: int) -> float:
@@ -248,12 +254,12 @@ def _uneven(size: int, processes: int) -> str:
     return f"is {size}, which {processes} processes cannot share evenly; take {fitting}, or another number of processes"
 
 
-def _refuse_leaks(split: Split) -> None:
-    """A picture that is in both halves of the split would make validation measure memory."""
+def _refuse_leaks(split: Split, prior: Sequence[Pair]) -> None:
+    """A picture that is both held out and trained on would make validation measure memory."""
     if not split.validation:
         return
     held = {_content(pair): pair for pair in split.validation}
-    same = [(pair, held[_content(pair)]) for pair in split.train if _content(pair) in held]
+    same = [(pair, held[_content(pair)]) for pair in (*split.train, *prior) if _content(pair) in held]
     if same:
         raise DataError(
             [

@@ -45,7 +45,7 @@ def refuse_many_sums(count: int) -> None:
     """Raise InputError where a step sums up so many gradients in bf16, one for each of its forward-backwards."""
     if count > BF16_SUMS:
         raise InputError(
-            f"model.precision: full_bf16 sums up {BF16_SUMS} gradients at most, and a step of pictures of so many shapes has up to {count}",
+            f"model.precision: full_bf16 sums up {BF16_SUMS} gradients at most, and a step has up to {count} (one for each shape of pictures, and those of prior ones)",
             hint="lower batch.accumulate, or set data.aspect: square or model.precision: bf16",
         )
 

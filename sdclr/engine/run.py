@@ -18,7 +18,7 @@ from accelerate.utils import AutocastKwargs
 from torch.utils._pytree import tree_map
 
 from sdclr.config.schema import RunConfig
-from sdclr.data.batches import Inputs, Sample, in_groups
+from sdclr.data.batches import Batches, Inputs, Sample, in_groups
 from sdclr.data.dataset import View, views
 from sdclr.data.pairs import printable
 from sdclr.engine import graph, optimizers, rounding, sharding
@@ -48,6 +48,21 @@ class Prepared(NamedTuple):
     timesteps: torch.Tensor
     told: dict[str, torch.Tensor]
     share: torch.Tensor
+
+
+class Stream(NamedTuple):
+    """Pictures that are trained on: what the encoders make of them, which of them a step takes, and their weight in its loss."""
+
+    encoded: Encoded
+    batches: Batches
+    weight: float = 1.0
+
+    def groups(self, step: int) -> list[tuple[list[Sample], float]]:
+        """A step's samples, those of one shape together, and the weight of each group in the step's loss."""
+        planned = self.batches(step)
+        samples = [sample for micro_batch in planned for sample in micro_batch]
+        groups = in_groups(samples, lambda sample: self.encoded.mean[sample.index].shape, len(planned[0]))
+        return [(group, self.weight * len(group) / len(samples)) for group in groups]
 
 
 class Run:
@@ -103,8 +118,8 @@ class Run:
         steps, as they are timed now, take long enough to earn it."""
         asked = self.config.model.compile
         if asked == "auto" and steps and isinstance(self.add_gradients, Graph):
-            count = self.config.batch.accumulate
-            seconds = self.add_gradients.seconds(self.batches(0)[0], count) * count * steps
+            batches = self.batches(0)
+            seconds = self.add_gradients.seconds(batches[0], len(batches)) * len(batches) * steps
             if seconds > EARNS_COMPILING:
                 console.say(f"{steps} steps would take {seconds / 60:.0f} minutes: the UNet is compiled first (model.compile: off forgoes it)")  # fmt: skip
                 self._compile()
@@ -172,7 +187,7 @@ class Run:
         """Name the captions that are longer than the model reads."""
         if not self.processes.main:
             return
-        pairs = (*self.inputs.split.train, *self.inputs.split.validation)
+        pairs = (*self.inputs.split.train, *self.inputs.split.validation, *self.inputs.prior)
         cut = encoders.cut_captions(self.parts, {pair.caption for pair in pairs})
         named = [printable(pair.path) for pair in pairs if pair.caption in cut]
         if named:
@@ -191,15 +206,18 @@ class Run:
             console.warn(f"{self.config.model.base}: holds weights that this kind of model has no place for, and that are not used: {', '.join(unused[:3])}{more}")  # fmt: skip
 
     def _encode(self) -> None:
-        data, held = self.config.data, self.inputs.split.validation
+        data, held, prior = self.config.data, self.inputs.split.validation, self.inputs.prior
+        seen = views(data.crop, data.crops, data.flip)
         with self.accelerator.main_process_first():  # the others find everything in the cache
-            self.train = self._encoder.encode(self.inputs.split.train, views(data.crop, data.crops, data.flip))
+            self.train = self._encoder.encode(self.inputs.split.train, seen)
+            self.prior = self._encoder.encode(prior, seen) if prior else None
             self.held_out = self._encoder.encode(held, [View()]) if held else None
             # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
             self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
             self.no_caption = self._encoder.no_caption
         if self.config.model.precision == "full_bf16":
-            rounding.refuse_many_sums(self.config.batch.accumulate + len({mean.shape for mean in self.train.mean}) - 1)
+            most = [self.config.batch.accumulate + len({m.shape for m in s.encoded.mean}) - 1 for s in self.streams]
+            rounding.refuse_many_sums(sum(most))
         self.parts.put_away(self.config.model.train)
 
     # Training ---------------------------------------------------------------------------------------------------------------
@@ -224,16 +242,23 @@ class Run:
         norm = self.config.optimizer.max_grad_norm
         return optimizer_steps(state, self.batches, self.add_gradients, lr_at, until, self.accelerator, norm)
 
-    def batches(self, step: int) -> list[Prepared]:
-        """A step's micro-batches, each of pictures of one shape, on their way to the device."""
-        planned = self.inputs.batches(step)
-        samples = [sample for micro_batch in planned for sample in micro_batch]
-        groups = in_groups(samples, lambda sample: self.train.mean[sample.index].shape, len(planned[0]))
-        return [self.prepare(group, len(group) * len(groups) / len(samples)) for group in groups]
+    @property
+    def streams(self) -> list[Stream]:
+        """What every step takes from: the subject's pictures, then the prior ones."""
+        subject = Stream(self.train, self.inputs.batches)
+        if self.prior is None:
+            return [subject]
+        return [subject, Stream(self.prior, self.inputs.prior_batches, self.config.prior.weight)]
 
-    def prepare(self, samples: Sequence[Sample], share: float = 1.0) -> Prepared:
-        """Some samples of one shape as the loss takes them; every draw derives from the seed and the sample's position."""
-        config, seed, shape = self.config, self.inputs.batches.seed, self.train.mean[samples[0].index].shape[1:]
+    def batches(self, step: int) -> list[Prepared]:
+        """A step's micro-batches, each of pictures of one stream and shape, on their way to the device."""
+        groups = [(stream, *group) for stream in self.streams for group in stream.groups(step)]
+        return [self.prepare(group, share * len(groups), stream) for stream, group, share in groups]
+
+    def prepare(self, samples: Sequence[Sample], share: float = 1.0, stream: Stream | None = None) -> Prepared:
+        """Some samples of one shape as the loss takes them; every draw derives from their stream's seed and the sample's position."""
+        encoded, batches, _ = stream or self.streams[0]
+        config, seed, shape = self.config, batches.seed, encoded.mean[samples[0].index].shape[1:]
         steps = self.parts.noise_scheduler.config.num_train_timesteps
         index = torch.tensor([s.index for s in samples])
         view = torch.tensor([s.view for s in samples])
@@ -244,9 +269,9 @@ class Run:
         if config.loss.noise_offset:
             shift = torch.stack([torch.randn((shape[0], 1, 1), generator=g) for g in generators])
             noise = offset_noise(noise, shift, config.loss.noise_offset)
-        mean, std = (torch.stack([of[s.index][s.view] for s in samples]) for of in (self.train.mean, self.train.std))
+        mean, std = (torch.stack([of[s.index][s.view] for s in samples]) for of in (encoded.mean, encoded.std))
         dropped = torch.tensor([s.drop_caption for s in samples])
-        told = self._told(self.train, index, view, dropped)
+        told = self._told(encoded, index, view, dropped)
         return tree_map(self._sent, Prepared(mean + std * spread, noise, timesteps, told, torch.tensor(share)))
 
     def loss(self, batch: Prepared) -> torch.Tensor:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
@@ -32,11 +34,12 @@ from sdclr.engine.checkpoint import (
 )
 from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder, as_umask_says, publish, storage_errors, sync_tree, write_bytes, write_text
+from sdclr.engine.painter import Painter, of_run
 from sdclr.engine.plan import Plan
 from sdclr.engine.run import Run
 from sdclr.engine.signals import StopRequest
 from sdclr.engine.watch import Watch
-from sdclr.errors import DivergenceError, SdclrError, StorageError
+from sdclr.errors import DivergenceError, SdclrError, StorageError, first_line
 from sdclr.model import adapters
 from sdclr.model.components import read_trained
 from sdclr.report import console, metrics
@@ -46,10 +49,16 @@ class Session:
     """One training run in progress: what it trains, what it watches, what it writes."""
 
     def __init__(
-        self, config: RunConfig, plan: Plan, folder: RunFolder, inputs: Inputs, about: Sequence[tuple[str, str]] = ()
+        self,
+        config: RunConfig,
+        plan: Plan,
+        folder: RunFolder,
+        inputs: Inputs,
+        about: Sequence[tuple[str, str]] = (),
+        draw: Callable[[RunConfig, int, Painter, Callable[[str], None]], None] | None = None,
     ):
-        """`about` are rows on the plan, for the report."""
-        self.about = about
+        """`about` are rows on the plan, for the report; `draw` shows what a step has come to (commands.sample.draw_at_work)."""
+        self.about, self.draw = about, draw
         self.config, self.plan, self.folder = config, plan, folder
         self.run = Run(config, inputs, keep_base=False)
         self.processes = self.run.processes
@@ -79,6 +88,8 @@ class Session:
         until = self.state.step if stopped_early else plan.steps
         with StopRequest() as stop, console.progress("training", plan.steps, self.state.step) as bar:
             try:
+                if not start:
+                    self._show(bar)
                 for result in self.run.steps(self.state, plan.schedule, until):
                     self.log.add("step", **dataclasses.asdict(result))
                     trough, last = result.step in self.troughs, result.step == plan.steps
@@ -87,6 +98,8 @@ class Session:
                     early, asked = self._should_stop_early(), stop.heard_by_any(self.processes)
                     if last or early or asked or trough or result.step % self.save_every == 0:
                         self._keep(must=last or early or asked)
+                    if trough and not asked:
+                        self._show(bar)
                     bar.advance(self._numbers(result.lr, result.loss))
                     if asked and not last:
                         raise stop.interrupted(
@@ -302,6 +315,23 @@ class Session:
             as_umask_says(partial)
             sync_tree(partial)
             publish(partial, target)
+
+    # Showing ------------------------------------------------------------------------------------------------------------------
+
+    def _show(self, bar: console.Bar) -> None:
+        """Let the state be drawn, if that is asked for. What goes wrong is only said: `sdclr sample` can draw it later."""
+        if self.draw and self.config.sample.at_troughs:
+            self.processes.on_main(lambda: self._try_to_draw(bar))
+
+    def _try_to_draw(self, bar: console.Bar) -> None:
+        assert self.draw
+        try:
+            with of_run(self.run) as painter:
+                self.draw(self.config, self.state.step, painter, lambda words: bar.advance(words, steps=0))
+        except (StorageError, torch.OutOfMemoryError) as problem:
+            console.warn(
+                f"step {self.state.step} could not be drawn: {first_line(problem)}\n  training goes on; sdclr sample draws it later"
+            )
 
     # Telling ------------------------------------------------------------------------------------------------------------------
 

@@ -53,6 +53,8 @@ def refuse_other_ways(config: RunConfig, precision: str) -> None:
         raise InputError("full_bf16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
     if precision == "fp16":  # each process would find a loss scale of its own
         raise InputError("fp16 cannot be trained in shares (FSDP)", hint="set model.precision: bf16 or fp32")
+    if config.sample.at_troughs:  # one process draws, and has a part of the weights
+        raise InputError("sample.at_troughs cannot be done in shares (FSDP)", hint="set sample.at_troughs: false")
     if (
         config.data.aspect == "buckets"
     ):  # a step has as many forwards as its pictures have shapes, and all must gather as often

@@ -25,6 +25,8 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
     rows[1:1] = [*_captions(split), *_cuts(config, split)]
+    if inputs.prior:
+        rows.append(("prior", f"{len(inputs.prior)} pictures of {config.prior.images}: a step takes {b.samples_per_step} of them too, weighted {config.prior.weight:g}"))  # fmt: skip
     if config.lora.rank:
         rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:

@@ -234,26 +234,28 @@ def _run_in_panels(panels: Any, records: list[dict[str, Any]], look: dict[str, A
 
 
 def grid(cells: Sequence[Sequence[Image.Image]], columns: Sequence[str], rows: Sequence[str]) -> Image.Image:
-    """Pictures in a labelled table: `cells[row][column]`; labels are wrapped, never cut."""
-    side = max(128, min(320, cells[0][0].width))
+    """Pictures of one size in a labelled table: `cells[row][column]`, their longer side 128 to 320 pixels; labels are wrapped, never cut."""
+    longest = max(cells[0][0].size)
+    width, tall = (round(n * max(128, min(320, longest)) / longest) for n in cells[0][0].size)
+    room = max(128, width)
     font, small = _font(15), _font(13)
     gap, left = 8, 190
-    heads = [_wrapped(text, font, side) for text in columns]
+    heads = [_wrapped(text, font, room) for text in columns]
     names = [_wrapped(text, small, left - 2 * gap) for text in rows]
     head_height = max(len(lines) for lines in heads) * 19 + 2 * gap
-    height = [max(side, len(lines) * 17 + gap) for lines in names]
-    canvas = Image.new("RGB", (left + len(columns) * (side + gap), head_height + sum(h + gap for h in height)), "white")
+    height = [max(tall, len(lines) * 17 + gap) for lines in names]
+    canvas = Image.new("RGB", (left + len(columns) * (room + gap), head_height + sum(h + gap for h in height)), "white")
     pen = ImageDraw.Draw(canvas)
     for c, lines in enumerate(heads):
         for i, line in enumerate(lines):
-            pen.text((left + c * (side + gap), gap + 19 * i), line, INK, font)
+            pen.text((left + c * (room + gap), gap + 19 * i), line, INK, font)
     y = head_height
     for r, lines in enumerate(names):
         for i, line in enumerate(lines):
             pen.text((gap, y + 17 * i), line, INK, small)
         for c, picture in enumerate(cells[r]):
-            resample = Image.Resampling.NEAREST if picture.width < side else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize((side, side), resample), (left + c * (side + gap), y))
+            resample = Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
+            canvas.paste(picture.resize((width, tall), resample), (left + c * (room + gap), y))
         y += height[r] + gap
     return canvas
 
@@ -288,8 +290,11 @@ def _pieces(word: str, font: Any, width: int) -> list[str]:
     return pieces
 
 
-def png(figure: Figure) -> bytes:
-    """A drawn figure as a PNG file's bytes."""
+def png(drawn: Figure | Image.Image) -> bytes:
+    """A figure or a picture as a PNG file's bytes."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    if isinstance(drawn, Figure):
+        FigureCanvasAgg(drawn).print_png(buffer)
+    else:
+        drawn.save(buffer, "png")
     return buffer.getvalue()

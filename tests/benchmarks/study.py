@@ -3,12 +3,13 @@
     make study                                   # all of it, at most three hours on two cores; stopped, it goes on where it was
     python tests/benchmarks/study.py --quick     # a smaller one in about ten minutes, into build/study-quick/results
 
-Four parts, each of jobs that need nothing of one another:
+Five parts, each of jobs that need nothing of one another:
 
     replays    every file of configs/cycling, measured along the way
     schedules  each schedule against constant at equal exposure and equal steps; pairs share seed, split, batches, noise
     sizes      the same with more training pictures
     ladder     pictures drawn at the troughs: likeness, obedience and variety against κ at several rates
+    prior      the same with and without prior pictures (people that the base has drawn): what they keep, and what they cost
 
 What is measured is measured on pictures of the subject that no run has seen, drawn by code. Finished runs lie in build/study/
 (`engine.arms.Bench` keeps them) and are never run twice.
@@ -33,20 +34,23 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(Path(__file__).parent)]
 
 import study_report  # noqa: E402
-from portraits import (  # noqa: E402
-    Portrait,
-    background_colour,
-    distinct_portraits,
-    draw,
-    mochi_likeness,
-    shirt_colour,
+from portraits import Portrait  # noqa: E402
+from study_pictures import (  # noqa: E402
+    DEMO,
+    MOCHI,
+    Painter,
+    captions_of,
+    draw_prior,
+    draw_subject,
+    draw_truth,
+    sampled_prompts,
 )
 
 from sdclr.config import source  # noqa: E402
 from sdclr.data import pairs as pairs_  # noqa: E402
 from sdclr.data.batches import Inputs  # noqa: E402
 from sdclr.data.cache import key_of  # noqa: E402
-from sdclr.data.pairs import Pair, Split  # noqa: E402
+from sdclr.data.pairs import Split  # noqa: E402
 from sdclr.engine.fingerprint import find_range_test  # noqa: E402
 from sdclr.engine.folder import read_json, write_json  # noqa: E402
 from sdclr.engine.plan import make_plan, read_inputs  # noqa: E402
@@ -55,8 +59,6 @@ from sdclr.lr.measured import at_steps  # noqa: E402
 from sdclr.lr.schedule import Group, Schedule  # noqa: E402
 from sdclr.report import console  # noqa: E402
 
-DEMO = ROOT / "configs" / "demo.yaml"
-MOCHI = ROOT / "data" / "mochi"
 REPLAYS = ROOT / "configs" / "cycling"
 GROUPS = (Group(3, 1.0), Group(2, 0.5), Group(1.5, 0.25))
 LOOK_EVERY = 20
@@ -76,7 +78,9 @@ class Scale:
     size_sets: tuple[int, ...] = (0, 1, 2)
     replays: tuple[str, ...] = tuple(sorted(p.stem for p in REPLAYS.glob("*.yaml")))
     rates: tuple[float, ...] = (0.5, 2.0)
-    rungs: tuple[int, ...] = (1, 2, 3, 4, 6)
+    rungs: tuple[int, ...] = (1, 2, 3, 4, 6, 12)
+    prior: int = 64
+    prior_rungs: tuple[int, ...] = (2, 6)
     truth: int = 48
     draws: int = 8
     prompts: int = 12
@@ -86,7 +90,7 @@ class Scale:
 
 QUICK = Scale(
     seeds=(1, 2), folds=(0, 1), factors=(1.0, 2.0), cycles=(1, 4), sizes=(), replays=("constant", "ten-epochs"),
-    rates=(0.25, 1.0), rungs=(1, 2, 4), truth=40, draws=4, prompts=6, pictures=3,
+    rates=(0.25, 1.0), rungs=(1, 2, 4), prior_rungs=(2,), truth=40, draws=4, prompts=6, pictures=3,
 )  # fmt: skip
 
 
@@ -135,9 +139,13 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
     narrowed = {name: tuple(given) for name in ("factors", "cycles") if (given := getattr(args, name))}
     study = Study(dataclasses.replace(scale, **narrowed), args.base, build, ceiling, best, tuple(args.set))
     draw_truth(study)
+    if "prior" in args.only:
+        draw_prior(study)
     rows = run_jobs(study, [job for part in args.only for job in PARTS[part].jobs(study)], args.workers)
-    record = {"base": Path(args.base).name, "ceiling": ceiling, "best_exposure": best,
-              "scale": dataclasses.asdict(study.scale), **{part: rows.get(part, []) for part in PARTS}}  # fmt: skip
+    record = {
+        "base": Path(args.base).name, "scale": dataclasses.asdict(study.scale), **{part: rows.get(part, []) for part in PARTS},
+        "measured": {part: {"ceiling": ceiling, "best_exposure": best} for part in PARTS},
+    }  # fmt: skip
     results.mkdir(parents=True, exist_ok=True)
     path = results / "study.json"
     record = json.loads(json.dumps(record))
@@ -148,14 +156,19 @@ def main(arguments: Sequence[str] | None = None, scale: Scale | None = None) -> 
 
 
 def with_earlier(record: dict[str, Any], earlier: dict[str, Any]) -> dict[str, Any]:
-    """The record, and what an earlier call has found on the same model and scale and this one was not asked for."""
-    if any(earlier.get(key) != record[key] for key in ("base", "ceiling", "best_exposure")):
+    """The record, and what an earlier call has found on the same model and this one was not asked for: whole parts, and of the same part
+    what was run at the same ceiling and S*."""
+    if earlier.get("base") != record["base"]:
         return record
-    told = ("factor", "size", "seed", "fold", "schedule", "config", "rate", "kappa")
-    merged = dict(record)
+    told = ("factor", "size", "seed", "fold", "schedule", "config", "rate", "kappa", "prior")
+    merged = record | {"measured": dict(record["measured"])}
     for part in PARTS:
-        here = {tuple(row.get(key) for key in told) for row in record[part]}
-        merged[part] = record[part] + [r for r in earlier[part] if tuple(r.get(key) for key in told) not in here]
+        before = earlier["measured"].get(part)
+        if not record[part] and before:
+            merged[part], merged["measured"][part] = earlier[part], before
+        elif before == record["measured"][part]:
+            here = {tuple(row.get(key) for key in told) for row in record[part]}
+            merged[part] = record[part] + [r for r in earlier[part] if tuple(r.get(key) for key in told) not in here]
     return merged
 
 
@@ -218,7 +231,7 @@ def make_bench(study: Study, loaded: source.LoadedConfig, inputs: Inputs, name: 
     from sdclr.engine.run import Run
 
     truth = pairs_.find(study.build / "truth")
-    inputs = Inputs(Split(inputs.split.train, (*inputs.split.validation, *truth)), inputs.batches)
+    inputs = dataclasses.replace(inputs, split=Split(inputs.split.train, (*inputs.split.validation, *truth)))
     run = Run(loaded.config, inputs)
     assert run.held_out is not None
     return Bench(run, run.held_out, loaded.config, study.build / "arms" / name)
@@ -333,31 +346,56 @@ def ladder_job(study: Study, seed: int, rate: float) -> list[dict[str, Any]]:
     """One cyclical run whose troughs are drawn from; kept on disk when it is whole."""
     loaded = source.load(DEMO, study.settings(seed))
     bench = make_bench(study, loaded, read_inputs(loaded), f"ladder-{seed}-{rate}")
-    schedule, cycle = ladder_schedule(study, rate)
-    prompts = sampled_prompts(study)
-    scale = study.scale
-    key = key_of(bench.key, repr((schedule, prompts, cycle, scale.rungs, scale.pictures, scale.sampler_steps)))
+    schedule, cycle = ladder_schedule(study, rate, study.scale.rungs)
+    due = {rung * cycle: rung for rung in study.scale.rungs}
+    return climbed(study, bench, schedule, due, {"seed": seed, "rate": rate})
+
+
+def prior_jobs(study: Study) -> list[Job]:
+    return [("prior", job) for job in itertools.product(study.scale.seeds, study.scale.folds, (False, True))]
+
+
+def prior_job(study: Study, seed: int, fold: int, prior: bool) -> list[dict[str, Any]]:
+    """One run with its top at the ceiling, with or without prior pictures, drawn from at some troughs."""
+    loaded = source.load(DEMO, study.settings(seed, *[f"prior.images={study.build / 'prior'}"] * prior))
+    bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"prior-{seed}-{fold}-{prior}")
+    schedule, cycle = ladder_schedule(study, 1.0, study.scale.prior_rungs)
+    due = {rung * cycle: rung for rung in study.scale.prior_rungs}
+    return climbed(study, bench, schedule, due, {"seed": seed, "fold": fold, "prior": prior})
+
+
+def climbed(
+    study: Study, bench: Any, schedule: Schedule, due: dict[int, int], about: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """One cyclical run's rows, of the steps that are due; read from disk if it is there."""
+    scale, prompts = study.scale, sampled_prompts(study.scale.prompts)
+    key = key_of(bench.key, repr((schedule, prompts, due, scale.pictures, scale.sampler_steps)))
     kept = bench.folder / "ladder.json"
     try:
         if (stored := read_json(kept))["key"] == key:
             return stored["rows"]
     except (InputError, KeyError):
         pass
-    rows = list(climb(study, bench, schedule, cycle, prompts, {"seed": seed, "rate": rate}))
+    rows = list(climb(study, bench, schedule, due, prompts, about))
     write_json(kept, {"key": key, "rows": rows})
     return rows
 
 
-def ladder_schedule(study: Study, rate: float) -> tuple[Schedule, int]:
+def ladder_schedule(study: Study, rate: float, rungs: Sequence[int]) -> tuple[Schedule, int]:
     """Triangles of κ = 0.5 each, with their tops as near to the rate as whole steps allow; and the steps of one cycle."""
     exposure = CYCLE_KAPPA * study.best_exposure
     cycle = max(2, round(exposure / (rate * study.ceiling / 2)))
-    shape = Schedule("triangular", 1.0, cycle * max(study.scale.rungs), step_size=cycle / 2)
-    return dataclasses.replace(shape, max_lr=exposure * max(study.scale.rungs) / float(shape.rates().sum())), cycle
+    shape = Schedule("triangular", 1.0, cycle * max(rungs), step_size=cycle / 2)
+    return dataclasses.replace(shape, max_lr=exposure * max(rungs) / float(shape.rates().sum())), cycle
 
 
 def climb(
-    study: Study, bench: Any, schedule: Schedule, cycle: int, prompts: Sequence[Portrait], about: dict[str, Any]
+    study: Study,
+    bench: Any,
+    schedule: Schedule,
+    due: dict[int, int],
+    prompts: Sequence[Portrait],
+    about: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """The untouched base, then each trough that is a rung: its losses and what its pictures show."""
     run = bench.run
@@ -370,7 +408,6 @@ def climb(
         **losses_of(bench, run.losses(bench.held_out, bench.draws)),
         **painter.look(0),
     }
-    due = {rung * cycle: rung for rung in study.scale.rungs}
     try:
         for result in run.steps(untouched, schedule, schedule.steps):
             if result.step in due:
@@ -379,77 +416,6 @@ def climb(
                 yield {**about, "kappa": kappa, "step": result.step, **losses, **painter.look(due[result.step])}
     except DivergenceError:
         return
-
-
-class Painter:
-    """Draws the same prompts from the same noise with whatever weights the run has, and reads the pictures by code."""
-
-    def __init__(self, study: Study, run: Any, prompts: Sequence[Portrait], folder: Path):
-        self.scale, self.run, self.prompts, self.folder = study.scale, run, prompts, folder
-        self.pipeline = run.parts.pipeline().to(run.device)
-
-    def look(self, rung: int) -> dict[str, Any]:
-        """For each prompt: likeness to the subject, share of colours obeyed, variety between seeds."""
-        found = []
-        for number, portrait in enumerate(self.prompts):
-            pictures = self._draw(portrait.caption, number)
-            if number % (len(self.prompts) // 2) == 0:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                pictures[0].save(self.folder / f"rung-{rung}-{portrait.subject}.png")
-            right = [
-                (background_colour(p) == portrait.background) + (shirt_colour(p) == portrait.shirt) for p in pictures
-            ]
-            found.append({
-                "subject": portrait.subject, "likeness": float(np.mean([mochi_likeness(p) for p in pictures])),
-                "obedience": float(np.mean(right)) / 2, "variety": variety(pictures),
-            })  # fmt: skip
-        return {"prompts": found}
-
-    def _draw(self, caption: str, number: int) -> list[Any]:
-        import torch
-
-        seeds = [torch.Generator().manual_seed(1_000 * number + i) for i in range(self.scale.pictures)]
-        return self.pipeline(
-            [caption] * len(seeds), generator=seeds, guidance_scale=3.0, num_inference_steps=self.scale.sampler_steps, height=64, width=64
-        ).images  # fmt: skip
-
-
-def variety(pictures: Sequence[Any]) -> float:
-    """Root mean square difference of two pictures' pixels, as a share of white, mean over all pairs."""
-    arrays = [np.asarray(picture, dtype=float) / 255 for picture in pictures]
-    return float(np.mean([np.sqrt(np.mean((a - b) ** 2)) for a, b in itertools.combinations(arrays, 2)]))
-
-
-def sampled_prompts(study: Study) -> list[Portrait]:
-    """Half of the prompts name the subject in attributes that no picture of it has, half a person: what they lose is the price."""
-    known, half = captions_of(MOCHI), study.scale.prompts // 2
-    return [*distinct_portraits(501, half, "mochi", known), *distinct_portraits(502, half)]
-
-
-# Pictures drawn by code -----------------------------------------------------------------------------------------------------
-
-
-def draw_truth(study: Study) -> None:
-    """Pictures of the subject that nothing is trained on: what every run of the study is measured with."""
-    known = captions_of(MOCHI)
-    draw_subject(study.build / "truth", "truth", study.scale.truth, seed=4_321, avoid=known)
-
-
-def draw_subject(folder: Path, prefix: str, count: int, seed: int, avoid: frozenset[str]) -> None:
-    """`count` captioned pictures of mochi; a folder that has them already is left alone."""
-    if len(list(folder.glob("*.png"))) == count:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.iterdir():
-        stale.unlink()
-    for i, portrait in enumerate(distinct_portraits(seed, count, "mochi", avoid)):
-        draw(portrait, seed * 1_000 + i).save(folder / f"{prefix}-{i:03d}.png")
-        (folder / f"{prefix}-{i:03d}.txt").write_text(portrait.caption + "\n")
-
-
-def captions_of(folder: Path) -> frozenset[str]:
-    pairs: list[Pair] = pairs_.find(folder)
-    return frozenset(pair.caption for pair in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -463,6 +429,7 @@ class Part:
 PARTS = {
     "schedules": Part(schedule_jobs, schedule_job),
     "ladder": Part(ladder_jobs, ladder_job),
+    "prior": Part(prior_jobs, prior_job),
     "replays": Part(replay_jobs, replay_job),
     "sizes": Part(size_jobs, size_job),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -24,14 +23,21 @@ def write(folder: Path, record: dict[str, Any], build: Path) -> None:
     text = [
         "# The cycling study",
         (
-            f"Base `{record['base']}`, ceiling {record['ceiling']:.3g}, best exposure S\\* {record['best_exposure']:.3g}. Losses are of "
+            f"Base `{record['base']}`. Losses are of "
             f"{record['scale']['truth']} pictures of the subject, drawn by code, that no run has seen. Intervals are 95 %, Student's t "
             "over the pairs."
         ),
     ]
-    for part, tell in (("schedules", tell_schedules), ("sizes", tell_sizes), ("ladder", tell_ladder), ("replays", tell_replays)):  # fmt: skip
+    for part, tell in (
+        ("schedules", tell_schedules), ("sizes", tell_sizes), ("ladder", tell_ladder), ("prior", tell_prior), ("replays", tell_replays),
+    ):  # fmt: skip
         if record[part]:
-            text += tell(folder, record, build)
+            title, *rest = tell(folder, record, build)
+            text += [
+                title,
+                "Ceiling {ceiling:.3g}, best exposure S\\* {best_exposure:.3g}.".format(**record["measured"][part]),
+                *rest,
+            ]
     (folder / "study.md").write_text("\n\n".join(text) + "\n")
 
 
@@ -163,7 +169,7 @@ def rungs(rows: Rows) -> list[dict[str, Any]]:
         line: dict[str, Any] = {"rate": rate, "kappa": rung, "step": group[0]["step"], "seeds": len(group),
                                 "loss": float(np.mean([r["truth"] for r in group]))}  # fmt: skip
         for measure, subject, name, _ in MEASURES:
-            each = np.array([[p[measure] for p in r["prompts"] if p["subject"] == subject] for r in group]).mean(axis=0)
+            each = _by_prompt(group, measure, subject)
             line[name] = (float(each.mean()), half_width(each))
         found.append(line)
     return found
@@ -175,8 +181,7 @@ def contrasts(rows: Rows) -> list[tuple[str, str, str]]:
     rates, kappas = sorted({r["rate"] for r in rows}), sorted({round(r["kappa"], 1) for r in rows})
 
     def mean(measure: str, subject: str, wanted: Callable[[dict[str, Any]], bool]) -> np.ndarray:
-        own = [[p[measure] for p in r["prompts"] if p["subject"] == subject] for r in rows if wanted(r)]
-        return np.array(own).mean(axis=0)
+        return _by_prompt([r for r in rows if wanted(r)], measure, subject)
 
     def told(each: np.ndarray) -> str:
         return f"{each.mean():+.3f} ± {half_width(each):.3f}"
@@ -218,6 +223,58 @@ def tell_ladder(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
     ]
 
 
+def against_none(rows: Rows) -> list[dict[str, Any]]:
+    """What prior pictures change at each rung: the held-out loss as a share of what is gained without them, paired by seed and split, with
+    an interval over these; every measure of the pictures in the mean of these, paired by prompt, with an interval over prompts."""
+    found = []
+    untouched = float(np.mean([r["truth"] for r in rows if r["kappa"] == 0]))
+    for kappa, group in _grouped([r for r in rows if r["kappa"] > 0], lambda r: round(r["kappa"], 1)):
+        without, with_prior = (
+            sorted((r for r in group if r["prior"] is kind), key=lambda r: (r["seed"], r["fold"]))
+            for kind in (False, True)
+        )
+        plain = np.array([r["truth"] for r in without])
+        shares = (np.array([r["truth"] for r in with_prior]) - plain) / (untouched - plain.mean())
+        line: dict[str, Any] = {
+            "kappa": kappa,
+            "pairs": len(shares),
+            "loss": (float(shares.mean()), half_width(shares)),
+        }
+        for measure, subject, name, _ in MEASURES:
+            each = [_by_prompt(own, measure, subject) for own in (without, with_prior)]
+            change = each[1] - each[0]
+            line[name] = (float(each[0].mean()), float(each[1].mean()), float(change.mean()), half_width(change))
+        found.append(line)
+    return found
+
+
+def _by_prompt(rows: Rows, measure: str, subject: str) -> np.ndarray:
+    """A measure of each prompt of a subject, the mean over some runs."""
+    return np.array([[p[measure] for p in r["prompts"] if p["subject"] == subject] for r in rows]).mean(axis=0)
+
+
+def tell_prior(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    lines = against_none(record["prior"])
+    pictures = prior_grid(record, build)
+    if pictures:
+        (folder / "prior-grid.png").write_bytes(pictures)
+    rows = [
+        (f"{line['kappa']:.1f}", f"{line['loss'][0]:+.1%} ± {line['loss'][1]:.1%}",
+         *("{:.3f} → {:.3f} ({:+.3f} ± {:.3f})".format(*line[name]) for _, _, name, _ in MEASURES))
+        for line in lines
+    ]  # fmt: skip
+    return [
+        "## Prior pictures",
+        (
+            f"With {record['scale']['prior']} pictures of people that the base has drawn (`prior.images`, weight 1) against without, at the same steps, rates and "
+            f"exposure, the top at the ceiling; {lines[0]['pairs']} pairs of the same seed and split. The loss is of unseen pictures of the subject, as a share of what is "
+            "gained without prior pictures (above zero: less is gained); its interval is over the pairs, the others are over prompts."
+        ),
+        table(("κ", "loss", *(name for _, _, name, _ in MEASURES)), rows),
+        *(["![The same prompt and seed without and with prior pictures](prior-grid.png)"] if pictures else []),
+    ]
+
+
 def _exposure_or_rate(rows: Rows) -> list[str]:
     rates, last = sorted({r["rate"] for r in rows}), max(r["kappa"] for r in rows)
     if len(rates) < 2 or not any(round(r["kappa"], 1) == 1.0 for r in rows) or last < 1.5:
@@ -255,19 +312,30 @@ def draw_ladder(lines: Rows) -> bytes:
 def ladder_grid(record: dict[str, Any], build: Path) -> bytes | None:
     """The pictures of the first training seed: a column a rung, two rows a rate."""
     seed = record["scale"]["seeds"][0]
-    columns = [0, *record["scale"]["rungs"]]
+    arms = {f"ladder-{seed}-{rate}": f"top at {rate:g} × ceiling" for rate in record["scale"]["rates"]}
+    return _rungs_drawn(build, arms, record["scale"]["rungs"])
+
+
+def prior_grid(record: dict[str, Any], build: Path) -> bytes | None:
+    """The pictures of the first training seed and split: a column a rung, two rows with and two without prior pictures."""
+    seed, fold = record["scale"]["seeds"][0], record["scale"]["folds"][0]
+    arms = {f"prior-{seed}-{fold}-{kind}": f"with{'' if kind else 'out'} prior pictures" for kind in (False, True)}
+    return _rungs_drawn(build, arms, record["scale"]["prior_rungs"])
+
+
+def _rungs_drawn(build: Path, arms: dict[str, str], rungs: Sequence[int]) -> bytes | None:
+    """One picture of the subject and one of another person at every rung of some arms, whose labels are given."""
+    columns = [0, *rungs]
     rows, cells = [], []
-    for rate in record["scale"]["rates"]:
+    for arm, label in arms.items():
         for subject in ("mochi", "person"):
-            paths = [build / "arms" / f"ladder-{seed}-{rate}" / f"rung-{rung}-{subject}.png" for rung in columns]
+            paths = [build / "arms" / arm / f"rung-{rung}-{subject}.png" for rung in columns]
             if all(path.is_file() for path in paths):
-                rows.append(f"{'subject' if subject == 'mochi' else 'another person'}\ntop at {rate:g} × ceiling")
+                rows.append(f"{'subject' if subject == 'mochi' else 'another person'}\n{label}")
                 cells.append([Image.open(path).convert("RGB") for path in paths])
     if not cells:
         return None
-    buffer = io.BytesIO()
-    grid(cells, ["base", *(f"κ {0.5 * rung:g}" for rung in columns[1:])], rows).save(buffer, "png")
-    return buffer.getvalue()
+    return png(grid(cells, ["base", *(f"κ {0.5 * rung:g}" for rung in columns[1:])], rows))
 
 
 # Replays --------------------------------------------------------------------------------------------------------------------
@@ -282,7 +350,7 @@ def tell_replays(folder: Path, record: dict[str, Any], build: Path) -> list[str]
         losses = [look["truth"] for look in row["losses"]]
         low = int(np.argmin(losses))
         lines.append((
-            row["config"], f"{row['peak']:.3g}", row["steps"][-1], f"{row['exposure'][-1]:.3g}", f"{row['exposure'][-1] / record['best_exposure']:.2f}",
+            row["config"], f"{row['peak']:.3g}", row["steps"][-1], f"{row['exposure'][-1]:.3g}", f"{row['exposure'][-1] / record['measured']['replays']['best_exposure']:.2f}",
             f"{losses[low]:.5f}", row["steps"][low], f"{row['exposure'][low]:.3g}", f"{losses[-1]:.5f}", f"{row['rates'][-1] / row['peak']:.2f}",
         ))  # fmt: skip
     head = (

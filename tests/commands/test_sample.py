@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdclr.commands import sample as command
 from sdclr.commands.sample import sample
 from sdclr.config import source
+from sdclr.engine.painter import Painter
 from sdclr.errors import InputError
 
 
@@ -31,13 +32,13 @@ def path(config, trained) -> Path:
 def calls(monkeypatch) -> list[tuple[str, int]]:
     """Every prompt and seed that is drawn."""
     seen: list[tuple[str, int]] = []
-    original = command._Painter.draw
+    original = Painter.draw
 
     def draw(self, prompt, seed):
         seen.append((prompt, seed))
         return original(self, prompt, seed)
 
-    monkeypatch.setattr(command._Painter, "draw", draw)
+    monkeypatch.setattr(Painter, "draw", draw)
     return seen
 
 
@@ -205,7 +206,7 @@ def test_a_text_encoder_that_one_column_brings_is_not_left_for_the_next(path, mo
     other = shutil.copytree(model, tmp_path / "other")
     weights = other / "text_encoder" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    painter = command._Painter(source.load(path).config)
+    painter = Painter(source.load(path).config)
     bias = next(painter.parts.text_encoder.parameters())
     before = bias.clone()
     painter.load(other)
@@ -287,13 +288,13 @@ def test_a_run_that_is_not_there_is_an_error(path):
 
 
 def test_a_state_that_a_run_at_work_has_removed_meanwhile_is_never_drawn_as_the_base(path, monkeypatch):
-    real = command._Painter.load
+    real = Painter.load
 
     def gone(painter, folder):
         if folder:
             shutil.rmtree(folder)
         real(painter, folder)
 
-    monkeypatch.setattr(command._Painter, "load", gone)
+    monkeypatch.setattr(Painter, "load", gone)
     with pytest.raises(InputError, match="has gone, or holds no weights"):
         sample(path)

@@ -339,6 +339,7 @@ def configs(draw: st.DrawFn) -> RunConfig:
             "run": {"name": draw(st.text(string.ascii_letters + string.digits + "_é", min_size=1, max_size=12)), **some(seed=st.integers(0, 2**53), tensorboard=st.booleans(), output_dir=PLACE.map(Path))},
             "model": {"base": draw(PLACE.filter(lambda t: t and not t.endswith(".safetensors"))), **some(train=st.sampled_from([["unet"], ["unet", "text_encoder"]]))},
             "data": {"images": Path(draw(PLACE)), **some(resolution=st.integers(4, 512).map(lambda n: 8 * n), flip=st.booleans(), caption=st.one_of(st.none(), TEXT), caption_dropout=st.floats(0, 1))},
+            "prior": {"images": Path(draw(PLACE)), **some(weight=st.floats(0.01, 10), caption=TEXT)} if draw(st.booleans()) else {},
             "validation": {"fraction": 0 if blind else draw(st.floats(0, 0.99)), **some(every=SPAN)},
             "optimizer": some(weight_decay=st.floats(0, 1), eps=st.floats(1e-12, 1), max_grad_norm=st.one_of(st.none(), st.floats(0.1, 10))),
             "loss": some(min_snr_gamma=st.one_of(st.none(), st.floats(1, 10)), noise_offset=st.floats(0, 1)),

@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from sdclr.config import source
 from sdclr.engine.graph import Graph
 from sdclr.engine.loop import optimizer_steps
+from sdclr.engine.painter import of_run
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import DivergenceError
@@ -66,6 +67,7 @@ SETTINGS = [
     ("optimizer.name=adafactor",),
     ("model.precision=full_bf16",),
     ("lora.rank=4",),
+    (f"prior.images={ROOT / 'data' / 'mochi'}", "prior.weight=0.5"),
     ("model.train=[unet, text_encoder]", "model.gradient_checkpointing=true", "model.precision=fp32"),
 ]
 
@@ -110,6 +112,16 @@ PROBLEMS = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB."),
     RuntimeError("operation not permitted"),
 ]
+
+
+def test_drawing_between_steps_leaves_a_recorded_step_as_it_is(config):
+    drawing, plain = build(config()), build(config())
+    state = drawing.fresh_state()
+    for _ in drawing.steps(state, lambda step: 1e-3, 6):
+        with of_run(drawing) as painter:
+            painter.draw("disc", 1)
+    assert drawing.add_gradients.graph is not None
+    assert all(map(torch.equal, [p.detach() for p in state.parameters], train(plain)))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)

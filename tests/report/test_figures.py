@@ -164,6 +164,19 @@ def test_a_grid_is_as_wide_as_its_columns_and_holds_each_picture_where_it_belong
             assert ((part == wanted).all(axis=2).sum(axis=1) == shown).sum() == shown
 
 
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [((64, 32), (128, 64)), ((256, 512), (160, 320)), ((1024, 768), (320, 240)), ((32, 128), (32, 128))],
+)
+def test_pictures_that_are_not_square_keep_their_shape(size, shown):
+    cells = [[Image.new("RGB", size, "red"), Image.new("RGB", size, "blue")]] * 2
+    image = figures.grid(cells, ["base", "step 4"], ["a prompt", "another"])
+    for wanted in ([255, 0, 0], [0, 0, 255]):
+        found = (np.asarray(image) == wanted).all(axis=2)
+        assert sorted(set(found.sum(axis=1).tolist())) == [0, shown[0]]
+        assert sorted(set(found.sum(axis=0).tolist())) == [0, 2 * shown[1]]
+
+
 LONG = (
     "a portrait of mochi, surprised, wearing a green shirt and a crown, on a yellow background",
     "antidisestablishmentarianism" * 3,

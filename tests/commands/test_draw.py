@@ -1,0 +1,101 @@
+"""`sdclr draw`: pictures and captions by the untouched base, as diffusers' own pipeline draws them, ready for prior.images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from sdclr.cli import main
+from sdclr.commands.draw import draw
+from sdclr.commands.train import train
+from sdclr.data import pairs
+from sdclr.engine.painter import Painter
+from sdclr.errors import InputError
+from sdclr.seeding import derive
+
+PROMPTS = ["a disc", "two discs"]
+
+
+@pytest.fixture
+def path(config) -> Path:
+    return config("sample: {steps: 2, guidance: 3, negative_prompt: square}")
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[tuple[str, int]]:
+    """Every prompt and seed that is drawn."""
+    seen: list[tuple[str, int]] = []
+    original = Painter.draw
+
+    def draw(self, prompt, seed):
+        seen.append((prompt, seed))
+        return original(self, prompt, seed)
+
+    monkeypatch.setattr(Painter, "draw", draw)
+    return seen
+
+
+def test_pictures_are_those_of_diffusers_pipeline_and_bear_their_prompts_in_turn(path, model, tmp_path, capsys):
+    folder = tmp_path / "prior"
+    draw(path, PROMPTS, folder, 5)
+    assert str(folder) in capsys.readouterr().out
+    found = pairs.find(folder)
+    assert [pair.caption for pair in found] == [PROMPTS[number % 2] for number in range(5)]
+    pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    for number, pair in enumerate(found):
+        expected = pipeline(
+            pair.caption, negative_prompt="square", num_inference_steps=2, guidance_scale=3, height=32, width=32,
+            generator=torch.Generator().manual_seed(derive(3, "draw", number)),
+        ).images[0]  # fmt: skip
+        assert np.array_equal(np.asarray(Image.open(pair.path)), np.asarray(expected))
+
+
+def test_what_is_there_is_not_drawn_again_and_more_can_be_asked_for(path, tmp_path, calls):
+    folder = tmp_path / "prior"
+    draw(path, PROMPTS, folder, 3)
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    (folder / "drawn-00001.png").unlink()
+    (folder / "mine.png").write_bytes(before["drawn-00000.png"])
+    calls.clear()
+    draw(path, PROMPTS, folder, 4)
+    assert [prompt for prompt, _ in calls] == [PROMPTS[1], PROMPTS[1]]
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    calls.clear()
+    draw(path, PROMPTS, folder, 4)
+    assert calls == []
+
+
+@pytest.mark.parametrize("altered", [None, b"\xff\xfe", b"another\n"])
+def test_pictures_of_other_prompts_are_not_taken_for_these(path, tmp_path, calls, altered):
+    folder = tmp_path / "prior"
+    draw(path, PROMPTS, folder, 2)
+    caption = folder / "drawn-00001.txt"
+    caption.unlink() if altered is None else caption.write_bytes(altered)
+    calls.clear()
+    with pytest.raises(InputError, match=r"drawn-00001\.png: was drawn for another prompt \((none|another)\)"):
+        draw(path, PROMPTS, folder, 3)
+    assert calls == []
+
+
+@pytest.mark.parametrize("arguments", [["--count", "0"], ["--count", "many"], []], ids=str)
+def test_a_wrong_command_line_ends_with_its_code(path, tmp_path, arguments, monkeypatch, capsys):
+    prompt = ["a disc"] if arguments else ["  "]
+    monkeypatch.setattr(
+        "sys.argv", ["sdclr", "draw", str(path), *prompt, "--output", str(tmp_path / "prior"), *arguments]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert not (tmp_path / "prior").exists()
+
+
+def test_what_is_drawn_can_be_trained_on_beside_the_subject(path, tmp_path):
+    folder = tmp_path / "prior"
+    draw(path, PROMPTS, folder, 3)
+    train(path, [f"prior.images={folder}", "train.steps=4", "schedule.cycles=1"])
+    assert (path.parent / "runs" / "tiny" / "final").is_dir()
