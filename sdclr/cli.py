@@ -34,6 +34,7 @@ class _Boundary(TyperGroup):
     """Where errors become messages and exit codes: around the command, because typer would swallow Ctrl-C and a closed pipe."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command; whatever ends it before its time becomes a message and its exit code."""
         try:
             with _sigterm_told():
                 result = super().invoke(ctx)

@@ -76,7 +76,7 @@ def sample(
 def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Image.Image]:
     """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
     paths = _paths(config, columns, cells)
-    # By path, because two columns may hold the same weights: the best state is often a trough.
+    # By path, because two columns may hold the same weights.
     missing = list({path: cell for cell, path in reversed(paths.items()) if not _readable(path)}.values())
     if missing:
         from sdclr.engine.painter import KeptStates
@@ -131,7 +131,7 @@ def _base(config: RunConfig) -> Column:
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
-    """A run's troughs in order, thinned evenly, then the average of them all, and its best."""
+    """A run's troughs in order, thinned evenly, then the average of them all, and its best; where that is a trough, in its place."""
     from sdclr.engine.checkpoint import AVERAGE, BEST, FULL, TROUGH, available
 
     run = RunFolder(folder)
@@ -143,7 +143,9 @@ def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
         console.say(
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
-    return [_column(c.path, run_name, run) for c in (*_thinned(troughs, room), *others)]
+    columns = [_column(c.path, run_name, run) for c in _thinned(troughs, room)]
+    beside = {column.identity: column for column in (_column(c.path, run_name, run) for c in others)}
+    return [*(beside.pop(c.identity, c) for c in columns), *beside.values()]
 
 
 def _thinned(states: Sequence[Checkpoint], room: int) -> Sequence[Checkpoint]:

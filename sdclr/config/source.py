@@ -147,6 +147,7 @@ class _Reader:
         self.source, self.marks, self.found, self.places, self.nodes = source, marks, found, places, 0
 
     def read(self, text: str) -> dict[str, Any]:
+        """The file's sections as plain values. Raises ConfigError where it is no YAML, with the place; every other problem is noted."""
         try:
             self._check_events(text)
             node = yaml.compose(text, Loader=yaml.SafeLoader)

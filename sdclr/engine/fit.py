@@ -14,7 +14,7 @@ from sdclr.data.batches import Inputs
 from sdclr.engine import processes
 from sdclr.engine.fingerprint import answers_in
 from sdclr.engine.folder import RunFolder
-from sdclr.engine.plan import held_out_share
+from sdclr.engine.plan import find_prior, held_out_share
 from sdclr.errors import ConfigError, InputError, SdclrError
 from sdclr.report import console
 
@@ -129,12 +129,14 @@ def _largest(loaded: LoadedConfig) -> tuple[int, str]:
     found = pairs.split(every, config.validation.fraction, config.run.seed)
     measured = len(every) - round(held_out_share(config, len(every)) * len(every))
     images = min(len(found.train), measured)
+    prior = len(find_prior(config))
+    most = min(images, prior) if prior else images
     # The range test trains on fewer images, and keeps a copy of the untouched weights; so that both commands settle on the same number,
     # train reckons with that too.
     by_need = [_checkpointed(config)] if config.model.gradient_checkpointing == "auto" else []
     for tried in (config, *by_need):
-        needs, free, where = _needs(with_size(tried, 1), images, len(every) - images, keeps_base=True)
-        size = needs.largest(int(SHARE * free), max(1, images))
+        needs, free, where = _needs(with_size(tried, 1), images + prior, len(every) - images, keeps_base=True)
+        size = needs.largest(int(SHARE * free), max(1, most))
         if size:
             break
     if not size:
@@ -142,14 +144,11 @@ def _largest(loaded: LoadedConfig) -> tuple[int, str]:
             [loaded.problem("batch.size", f"auto: not even one picture fits: {_shown(needs.at(1))} are needed, and of {_shown(free)} free {where} {SHARE:.0%} are taken")],
             hint=f"set {' or '.join([*_ways_to_need_less(config), 'a smaller data.resolution'])}",
         )  # fmt: skip
-    limit = (
-        "all that the range test trains on"
-        if size == images < len(found.train)
-        else "all there are to train on"
-        if size == images
-        else f"{SHARE:.0%} of {_shown(free)} free {where}"
-    )
-    return size, limit
+    if size < most:
+        return size, f"{SHARE:.0%} of {_shown(free)} free {where}"
+    if most < images:
+        return size, "all prior pictures there are"
+    return size, "all that the range test trains on" if images < len(found.train) else "all there are to train on"
 
 
 def _begun_with(config: RunConfig, resume: bool) -> tuple[int, str] | None:
@@ -183,7 +182,9 @@ def _checkpointed(config: RunConfig) -> RunConfig:
 def _matters(config: RunConfig) -> tuple[object, ...]:
     """What a batch's memory depends on."""
     optimizer = config.optimizer
-    return config.model, config.lora, config.data, optimizer.name, optimizer.fused_backward, config.validation.fraction
+    return (
+        config.model, config.lora, config.data, config.prior, optimizer.name, optimizer.fused_backward, config.validation.fraction
+    )  # fmt: skip
 
 
 def _snapshot(path: Path) -> RunConfig | None:

@@ -89,7 +89,7 @@ def read_inputs(
                 f"is {config.range_test.folds}: {len(split.validation)} of {len(found)} images held out each time leave {most} splits that do not overlap",
             )
         )
-    prior = tuple(pairs.find(config.prior.images, config.prior.caption, "prior.images")) if config.prior.images else ()
+    prior = find_prior(config)
     if config.prior.images and len(prior) < size:
         problems.append(
             loaded.problem("prior.images", f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}")
@@ -103,6 +103,12 @@ def read_inputs(
         rank=rank, processes=processes,
     )  # fmt: skip
     return Inputs(split, batches, prior)
+
+
+def find_prior(config: RunConfig) -> tuple[Pair, ...]:
+    """The pictures to train on beside the subject's, if there are to be any. Raises DataError as `pairs.find`."""
+    place = config.prior.images
+    return tuple(pairs.find(place, config.prior.caption, "prior.images")) if place else ()
 
 
 def held_out_share(config: RunConfig, images: int) -> float:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdclr.commands import sample as command
 from sdclr.commands.sample import sample
 from sdclr.config import source
-from sdclr.engine.painter import Painter
+from sdclr.engine.painter import KeptStates, Painter
 from sdclr.errors import InputError
 
 
@@ -69,7 +69,7 @@ def test_the_final_folder_opened_in_diffusers_draws_the_last_troughs_cell_pixel_
     sample(path)
     assert capsys.readouterr().out == f"{samples(path) / 'grid.png'}\n"
     columns = grid(path)["columns"]
-    last = next(i for i, c in enumerate(columns) if "trough-000008" in c["weights"])
+    last = next(i for i, c in enumerate(columns) if "best-000008" in c["weights"])
     cells = drawn(path)
     for prompt, seed in (("disc", 1), ("another disc", 2)):
         ours = np.asarray(cells[last, prompt, seed])
@@ -95,21 +95,21 @@ def test_columns_are_the_base_the_troughs_in_order_and_the_best_and_rows_every_p
     found = grid(path)
     assert found["schema"] == 1
     weights = [Path(c["weights"]).name.partition("_")[0] for c in found["columns"]]
-    assert weights[1:] == ["trough-000004", "trough-000008", "best-000008"]
-    assert [c.get("step") for c in found["columns"]] == [None, 4, 8, 8]
+    assert weights[1:] == ["trough-000004", "best-000008"]  # which is the last trough
+    assert [c.get("step") for c in found["columns"]] == [None, 4, 8]
     assert found["columns"][1]["exposure"] == pytest.approx(2e-3)
     assert found["columns"][0]["label"] == "base"
     assert found["rows"] == [{"prompt": p, "seed": s} for p in ("disc", "another disc") for s in (1, 2)]
     assert found["settings"] == {"negative_prompt": "", "steps": 2, "guidance": 3.0, "resolution": 32, "size": [32, 32]}
     with Image.open(samples(path) / "grid.png") as image:
-        assert image.width == 190 + 4 * (128 + 8)
+        assert image.width == 190 + 3 * (128 + 8)
     assert (samples(path) / "index.html").read_text().count("<img") == 1
 
 
 def test_cells_stand_in_the_grid_in_the_order_of_rows_and_columns(path):
     sample(path)
     cells, pixels = drawn(path), np.asarray(Image.open(samples(path) / "grid.png").convert("RGB"))
-    for column in range(4):
+    for column in range(3):
         strip = pixels[:, 190 + column * 136 : 190 + column * 136 + 128]
         place = 0
         for prompt in ("disc", "another disc"):
@@ -123,9 +123,7 @@ def test_cells_stand_in_the_grid_in_the_order_of_rows_and_columns(path):
 
 def test_a_second_call_draws_nothing_and_only_missing_cells_are_drawn_again(path, calls):
     sample(path)
-    assert (
-        len(calls) == len(list((samples(path) / "cells").glob("*.png"))) == 3 * 4
-    )  # the best state is the last trough
+    assert len(calls) == len(list((samples(path) / "cells").glob("*.png"))) == 3 * 4
     before = (samples(path) / "grid.png").read_bytes()
     calls.clear()
     sample(path)
@@ -191,7 +189,7 @@ def test_another_base_draws_every_column_again_for_vae_and_text_encoder_are_its_
     assert len(calls) == 3 * 4
     said = "".join(capsys.readouterr().err.split())
     words = f"was trained from {model} as it was then, and is drawn over model.base {other}"
-    assert said.count(words.replace(" ", "")) == 3
+    assert said.count(words.replace(" ", "")) == 2
 
 
 def test_checkpoints_named_by_hand_are_the_columns_beside_the_base(path, tmp_path):
@@ -206,7 +204,7 @@ def test_a_text_encoder_that_one_column_brings_is_not_left_for_the_next(path, mo
     other = shutil.copytree(model, tmp_path / "other")
     weights = other / "text_encoder" / "model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    painter = Painter(source.load(path).config)
+    painter = KeptStates(source.load(path).config)
     bias = next(painter.parts.text_encoder.parameters())
     before = bias.clone()
     painter.load(other)
@@ -219,7 +217,7 @@ def test_another_run_is_laid_beside_this_one_under_its_name(path, trained, tmp_p
     other = shutil.copytree(trained, tmp_path / "elsewhere" / "other")
     sample(path, ["sample.prompts=[disc]", "sample.seeds=[1]"], runs=[other])
     labels = [c["label"].partition("\n")[0] for c in grid(path)["columns"]]
-    assert labels == ["base"] + ["tiny"] * 3 + ["other"] * 3
+    assert labels == ["base"] + ["tiny"] * 2 + ["other"] * 2
 
 
 def test_many_troughs_are_thinned_evenly_and_first_last_and_best_stay(path):
@@ -288,13 +286,13 @@ def test_a_run_that_is_not_there_is_an_error(path):
 
 
 def test_a_state_that_a_run_at_work_has_removed_meanwhile_is_never_drawn_as_the_base(path, monkeypatch):
-    real = Painter.load
+    real = KeptStates.load
 
     def gone(painter, folder):
         if folder:
             shutil.rmtree(folder)
         real(painter, folder)
 
-    monkeypatch.setattr(Painter, "load", gone)
+    monkeypatch.setattr(KeptStates, "load", gone)
     with pytest.raises(InputError, match="has gone, or holds no weights"):
         sample(path)

@@ -18,6 +18,7 @@ from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine.checkpoint import available
+from sdclr.engine.fit import settle_batch
 from sdclr.engine.plan import make_plan, read_inputs
 from sdclr.engine.run import Run
 from sdclr.engine.telling import describe
@@ -185,6 +186,15 @@ def test_a_resumed_run_must_have_them_as_they_were(write, others):
     (others / "other-2.png").unlink()
     with pytest.raises(CheckpointError, match=r"others: its pictures or captions are not those"):
         train(path, ["checkpoint.every=3"], resume=True)
+
+
+def test_an_automatic_batch_is_no_larger_than_there_are_prior_pictures(write, others, capsys):
+    (others / "other-0.png").unlink()
+    loaded = settle_batch(source.load(write(), ["batch.size=auto"]))
+    assert loaded.config.batch.size == 5
+    assert "batch.size: auto is 5" in (said := capsys.readouterr().err)
+    assert "all prior pictures there are" in said
+    assert len(read_inputs(loaded, measuring=True).prior) == 5
 
 
 def test_a_caption_for_all_stands_where_there_is_no_file(write, others):
