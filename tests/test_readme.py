@@ -271,6 +271,23 @@ def test_what_is_said_of_the_schedules_is_what_the_study_found():
         assert f"{difference:.1f} % ± {half:.1f} %" in WORDS, name
 
 
+def test_what_is_said_of_prior_pictures_is_what_the_study_found():
+    record = json.loads((RESULTS / "study.json").read_text())
+    one, three = study_report.against_none(record["prior"])
+    assert (one["kappa"], three["kappa"], one["pairs"], record["scale"]["prior"]) == (1.0, 3.0, 9, 64)
+    leak, likeness = "leak into other prompts", "likeness to the subject"
+    for line in (one, three):
+        assert f"{line[leak][1]:.3f} instead of {line[leak][0]:.3f} at κ {line['kappa']:g}" in WORDS
+        assert f"{100 * abs(line['loss'][0]):.1f} % ± {100 * line['loss'][1]:.1f} %" in WORDS
+    assert one["loss"][0] > one["loss"][1]
+    assert three["loss"][0] < -three["loss"][1]
+    likes = [[f"{line[likeness][side]:.3f}" for line in (one, three)] for side in (1, 0)]
+    assert "{} and {} instead of {} and {}".format(*likes[0], *likes[1]) in WORDS
+    for name in (leak, likeness):
+        changes = [f"{-line[name][2]:.3f} ± {line[name][3]:.3f}" for line in (one, three)]
+        assert f"(less by {' and '.join(changes)})" in WORDS
+
+
 def test_what_is_said_of_more_pictures_is_what_the_study_found():
     lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["sizes"])
     told = [line for line in lines if "half" in line and line["schedule"] != "constant"]
