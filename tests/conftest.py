@@ -35,6 +35,8 @@ def counted_once() -> Iterator[None]:
                 config.optimizer,
                 config.validation,
                 config.checkpoint,
+                config.sample,
+                config.batch.accumulate,
                 more,
                 named,
             )

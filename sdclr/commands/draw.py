@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from sdclr.config import source
+from sdclr.config.schema import RunConfig
+from sdclr.data.dataset import readable
 from sdclr.data.pairs import printable
-from sdclr.engine.folder import write_bytes, write_text
+from sdclr.engine.fingerprint import base_fingerprint, changed, in_words
+from sdclr.engine.folder import read_json, storage_errors, write_bytes, write_json, write_text
+from sdclr.engine.plan import overlap
 from sdclr.errors import InputError
 from sdclr.report import console, figures
 from sdclr.seeding import derive
+
+RECORD = "drawn.json"
 
 
 def draw(
@@ -19,16 +26,29 @@ def draw(
     """Draw `count` pictures into a folder, the prompts in turn, each with its prompt beside it as a caption; prints the folder.
 
     Size, sampler and guidance are the config's `sample`. What has been drawn already is left alone, so that a command that was cut short
-    goes on where it was. Raises InputError where the folder holds drawn pictures of other prompts.
+    goes on where it was. Raises InputError where the folder holds pictures of other prompts or settings, or lies among the subject's.
     """
     config = source.load(config_path, overrides).config
-    if not all(prompt.strip() for prompt in prompts):
-        raise InputError("a prompt is empty; a picture without a caption has nothing to be kept by")
+    prompts = [" ".join(prompt.split()) for prompt in prompts]  # as a caption is read
+    for prompt in prompts:
+        if not prompt or not prompt.isprintable():
+            raise InputError(f"a prompt must be text, for it becomes a caption; got {printable(prompt) or 'nothing'}")
+    if overlap(config.data.images, output):
+        raise InputError(
+            f"--output {output}: lies in data.images ({config.data.images}) or holds it, and would be trained on as the subject",
+            hint="name a folder beside it",
+        )
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: is a file; name a folder")
+    with storage_errors(output, again="then run the same command again", place="--output"):
+        output.mkdir(parents=True, exist_ok=True)
+    _refuse_other_settings(output / RECORD, _settings(config))
     wanted = [(output / f"drawn-{number:05d}.png", prompts[number % len(prompts)]) for number in range(count)]
     missing = [(number, *each) for number, each in enumerate(wanted) if not _drawn(*each)]
     if missing:
         from sdclr.engine.painter import Painter, untouched
 
+        write_json(output / RECORD, {"settings": _settings(config)})
         with console.progress("drawing", len(missing)) as bar:
             painter = Painter(config, *untouched(config))
             for number, path, prompt in missing:
@@ -36,20 +56,42 @@ def draw(
                 write_bytes(path, figures.png(painter.draw(prompt, derive(config.run.seed, "draw", number))))
                 bar.advance(prompt)
     console.result(str(output))
-    console.say(f"next, in {config_path}: prior: {{images: {output}}}")
+    more = len(list(output.glob("*.png"))) - count
+    if more > 0:
+        console.say(f"{more} other pictures lie there too, and would be trained on")
+    console.say(f"next, in {config_path}: prior: {{images: {source.dump_value(str(output))}}}")
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What the pictures depend on beside their prompts."""
+    s = config.sample
+    return {
+        **base_fingerprint(config.model), "model.precision": config.model.precision, "run.seed": config.run.seed,
+        "size": list(config.sample_size), "sample.steps": s.steps, "sample.guidance": s.guidance, "sample.negative_prompt": s.negative_prompt,
+    }  # fmt: skip
+
+
+def _refuse_other_settings(record: Path, now: dict[str, Any]) -> None:
+    if not record.is_file():
+        return
+    before = read_json(record).get("settings") or {}
+    unlike = [in_words(*each) for each in changed(before, now)]
+    if unlike:
+        raise InputError(
+            f"{record.parent}: holds pictures that were drawn otherwise; different: {', '.join(unlike)}",
+            hint="name another folder with --output, or remove that one",
+        )
 
 
 def _drawn(path: Path, prompt: str) -> bool:
-    """Whether this picture is there, with this prompt."""
-    if not path.is_file():
+    """Whether this picture is there, whole and with this prompt."""
+    caption = path.with_suffix(".txt")
+    if not readable(path) or not caption.is_file():
         return False
-    try:
-        caption = path.with_suffix(".txt").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        caption = ""
-    if caption != prompt.strip():
+    before = " ".join(caption.read_text(encoding="utf-8", errors="replace").split())
+    if before != prompt:
         raise InputError(
-            f"{printable(path)}: was drawn for another prompt ({caption or 'none'}); asked for is now: {prompt}",
+            f"{printable(path)}: was drawn for another prompt ({printable(before)}); asked for is now: {prompt}",
             hint="name another folder with --output, or remove that one",
         )
     return True

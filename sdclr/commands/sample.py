@@ -12,7 +12,7 @@ from PIL import Image
 from sdclr.config import source
 from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
-from sdclr.data.dataset import upright
+from sdclr.data.dataset import readable, upright
 from sdclr.data.pairs import printable
 from sdclr.engine.fingerprint import another_base, model_fingerprint, model_settings
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
@@ -77,7 +77,7 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
     """Every cell (column, prompt, seed) as a picture; those already on disk are not drawn again."""
     paths = _paths(config, columns, cells)
     # By path, because two columns may hold the same weights.
-    missing = list({path: cell for cell, path in reversed(paths.items()) if not _readable(path)}.values())
+    missing = list({path: cell for cell, path in reversed(paths.items()) if not readable(path)}.values())
     if missing:
         from sdclr.engine.painter import KeptStates
 
@@ -88,28 +88,36 @@ def draw_missing(config: RunConfig, columns: Sequence[Column], cells: Path) -> d
                 for cell in (cell for cell in missing if cell[0] == c):
                     write_bytes(paths[cell], figures.png(painter.draw(cell[1], cell[2])))
                     bar.advance(columns[c].label.replace("\n", " "))
-    return {cell: Image.open(path).convert("RGB") for cell, path in paths.items()}
+    return _opened(paths)
 
 
-def draw_at_work(config: RunConfig, step: int, painter: Painter, heard: Callable[[str], None]) -> None:
+def draw_at_work(config: RunConfig, step: int, painter: Painter, goes_on: Callable[[str], bool]) -> None:
     """For a run at work, at a step whose trough it has just kept (0: the base): draw that with the weights as they are, and lay it beside what
-    has been drawn before. These are the cells that `sample` would draw; `heard` is told how far it has come."""
+    has been drawn before, in a grid of its own. Its cells are those that `sample` would draw. `goes_on` is told how far it has come, and
+    answers whether it may go on."""
     from sdclr.engine.checkpoint import TROUGH, available
 
     run = RunFolder(config.folder)
     troughs = _thinned(available(run.checkpoints, (TROUGH,)), MAX_COLUMNS - 1)
     columns = [_base(config), *(_kept(trough) for trough in troughs)]
     paths = _paths(config, columns, run.samples / "cells")
-    due = [
-        cell for cell, path in paths.items() if columns[cell[0]].about.get("step", 0) == step and not _readable(path)
-    ]
+    missing = [cell for cell, path in paths.items() if not readable(path)]
+    due = [cell for cell in missing if columns[cell[0]].about.get("step", 0) == step]
     for number, cell in enumerate(due):
-        heard(f"drawing {number + 1} of {len(due)}")
+        if not goes_on(f"drawing {number + 1} of {len(due)}"):
+            return
         write_bytes(paths[cell], figures.png(painter.draw(cell[1], cell[2])))
-    drawn = [c for c in range(len(columns)) if all(_readable(path) for cell, path in paths.items() if cell[0] == c)]
-    shown = [columns[c] for c in drawn]
-    if shown:
-        _write(config, shown, draw_missing(config, shown, run.samples / "cells"), run.samples, None, None)
+        missing.remove(cell)
+    drawn = [c for c in range(len(columns)) if c not in {cell[0] for cell in missing}]
+    if drawn:
+        pictures = {
+            (place, *cell[1:]): path for place, c in enumerate(drawn) for cell, path in paths.items() if cell[0] == c
+        }
+        _write(config, [columns[c] for c in drawn], _opened(pictures), run.samples / "at-work", None, None)
+
+
+def _opened(paths: dict[tuple[int, str, int], Path]) -> dict[tuple[int, str, int], Image.Image]:
+    return {cell: Image.open(path).convert("RGB") for cell, path in paths.items()}
 
 
 def _paths(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Path]:
@@ -131,21 +139,23 @@ def _base(config: RunConfig) -> Column:
 
 
 def _columns_of_run(folder: Path, run_name: str | None) -> list[Column]:
-    """A run's troughs in order, thinned evenly, then the average of them all, and its best; where that is a trough, in its place."""
+    """A run's troughs in order, thinned evenly, then the average of them all, and its best; where that is one of these troughs, in its place."""
     from sdclr.engine.checkpoint import AVERAGE, BEST, FULL, TROUGH, available
 
     run = RunFolder(folder)
     found = available(run.checkpoints)
     troughs = [c for c in found if c.kind == TROUGH] or [c for c in found if c.kind == FULL][-1:]
-    others = [*[c for c in found if c.kind == AVERAGE][-1:], *[c for c in found if c.kind == BEST][-1:]]
-    room = MAX_COLUMNS - 1 - len(others)
+    average, best = ([c for c in found if c.kind == kind][-1:] for kind in (AVERAGE, BEST))
+    room = MAX_COLUMNS - 1 - len(average) - len(best)
     if len(troughs) > room:
         console.say(
             f"{folder}: {len(troughs)} kept states, drawing {room} spread evenly; name others with --checkpoint"
         )
-    columns = [_column(c.path, run_name, run) for c in _thinned(troughs, room)]
-    beside = {column.identity: column for column in (_column(c.path, run_name, run) for c in others)}
-    return [*(beside.pop(c.identity, c) for c in columns), *beside.values()]
+    columns = [_column(c.path, run_name, run) for c in (*_thinned(troughs, room), *average)]
+    for column in (_column(c.path, run_name, run) for c in best):
+        twin = next((n for n, c in enumerate(columns) if c.identity == column.identity), len(columns))
+        columns[twin : twin + 1] = [column]
+    return columns
 
 
 def _thinned(states: Sequence[Checkpoint], room: int) -> Sequence[Checkpoint]:
@@ -305,12 +315,3 @@ def _record(
         "rows": [{"prompt": prompt, "seed": seed} for prompt, seed in rows],
         "settings": settings | ({"score": score} if score else {}),
     }
-
-
-def _readable(path: Path) -> bool:
-    try:
-        with Image.open(path) as image:
-            image.load()
-        return True
-    except Exception:  # Pillow's decoders raise many kinds; each means that the cell must be drawn again
-        return False

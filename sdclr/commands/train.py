@@ -66,6 +66,8 @@ def train(
         session.train(start, loaded.typed)
         session.finish()
     console.result(str(folder.final))
+    if config.sample.at_troughs:
+        console.say(f"pictures: {folder.samples / 'at-work' / 'index.html'}")
     console.say(f"curves: {folder.report}; compare the kept states: sdclr sample {loaded.typed}")
 
 

@@ -13,7 +13,7 @@ KEYS = {
     "enable_bucket": "data.aspect: buckets", "aspect_ratio_bucketing": "data.aspect: buckets", "center_crop": "data.crop: center", "random_crop": "data.crop: random",
     "random_flip": "data.flip", "flip_aug": "data.flip", "flip_p": "data.flip", "caption_dropout_rate": "data.caption_dropout", "cond_dropout": "data.caption_dropout",
     "class_data_dir": "prior.images", "reg_data_dir": "prior.images", "with_prior_preservation": "prior.images", "prior_loss_weight": "prior.weight",
-    "class_prompt": "prior.caption",
+    "class_prompt": "prior.caption", "num_class_images": "prior.images",
     # how
     "learning_rate": "schedule.max_lr", "lr": "schedule.max_lr", "unet_lr": "schedule.max_lr", "text_encoder_lr": "optimizer.text_encoder_scale",
     "lr_scheduler": "schedule.policy", "lr_warmup_steps": "schedule.warmup", "lr_scheduler_num_cycles": "schedule.cycles", "lr_decay_steps": "schedule.step_size",

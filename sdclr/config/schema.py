@@ -258,7 +258,7 @@ class LossSection(Section):
 
 
 class BatchSection(Section):
-    """How many pictures one optimizer step sees: size × accumulate, on however many processes."""
+    """How many pictures one optimizer step sees: size × accumulate, on however many processes (and as many prior ones, if there are any)."""
 
     size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = Field(
         4,
@@ -339,7 +339,7 @@ class SampleSection(Section):
     )
     at_troughs: bool = Field(
         False,
-        description="draw while training too: the base, then each trough as it is kept, into the same grid (samples/index.html)",
+        description="draw while training too: the base, then each trough as it is kept (samples/at-work/index.html)",
     )
     steps: Annotated[int, Field(ge=1, le=1000)] = Field(30, description="of the sampler")
     guidance: Annotated[float, Field(ge=1, le=100, allow_inf_nan=False)] = Field(
@@ -408,10 +408,12 @@ class RunConfig(Section):
     @field_validator("batch")
     @classmethod
     def _accumulation_is_possible(cls, batch: BatchSection, info: ValidationInfo) -> BatchSection:
-        optimizer, model, data = (info.data.get(section) for section in ("optimizer", "model", "data"))
-        if model and model.precision == "full_bf16" and batch.accumulate > BF16_SUMS:
+        optimizer, model, data, prior = (info.data.get(section) for section in ("optimizer", "model", "data", "prior"))
+        most = BF16_SUMS // 2 if prior and prior.images else BF16_SUMS
+        if model and model.precision == "full_bf16" and batch.accumulate > most:
+            beside = ", and with prior.images" if most < BF16_SUMS else ""
             raise problem(
-                f"must be at most {BF16_SUMS} with model.precision: full_bf16, in which more gradients cannot be summed up: each is too small beside the sum; got {batch.accumulate}",
+                f"must be at most {most} with model.precision: full_bf16{beside}, in which more gradients cannot be summed up: each is too small beside the sum; got {batch.accumulate}",
                 at="accumulate",
             )
         if optimizer and optimizer.fused_backward and batch.accumulate > 1:

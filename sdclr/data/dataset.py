@@ -108,6 +108,16 @@ def upright(path: Path) -> Image.Image:
         return to_rgb(ImageOps.exif_transpose(opened))
 
 
+def readable(path: Path) -> bool:
+    """Whether a file is a picture that can be decoded."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+        return True
+    except Exception:  # Pillow's decoders raise many kinds
+        return False
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode Pillow reads to RGB."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):

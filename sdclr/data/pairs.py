@@ -49,16 +49,15 @@ class Split:
     validation: tuple[Pair, ...]
 
 
-def find(folder: Path, default_caption: str | None = None, setting: str = "data.images") -> list[Pair]:
+def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
     """All pairs under `folder`, sorted by key.
 
     A caption is the .txt or .caption file beside the picture, else `default_caption`, else the file's name with `_` and `-` as
-    spaces. Raises DataError naming every picture that cannot be used; pixels are decoded later, when they are first needed. `setting` is the
-    key of the config that names the folder.
+    spaces. Raises DataError naming every picture that cannot be used; pixels are decoded later, when they are first needed.
     """
     if not folder.is_dir():
         raise DataError(
-            [f"{folder}: there is no such image folder"], hint=f"set {setting} to the folder that holds your pictures"
+            [f"{folder}: there is no such image folder"], hint="set data.images to the folder that holds your pictures"
         )
     found: list[str] = []
     images, captions = _files(folder, found)

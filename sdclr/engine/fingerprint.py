@@ -27,8 +27,7 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "precision": config.model.precision,
         "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
         "images": _pictures((*split.train, *split.validation)),
-        "prior_images": _pictures(inputs.prior) if inputs.prior else None,
-        "prior_weight": config.prior.weight if inputs.prior else None,
+        "prior": {"images": _pictures(inputs.prior), "weight": config.prior.weight} if inputs.prior else None,
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
         "aspect": config.data.aspect if config.data.aspect != "square" else None,
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
@@ -174,8 +173,12 @@ def in_words(key: str, theirs: Any, ours: Any) -> str:
     """A difference of fingerprints for its reader, to whom hashes say nothing."""
     hashes = {
         "images": "pictures or captions",
-        "prior_images": "prior pictures or their captions",
+        "prior.images": "prior pictures or their captions",
         "model": "the model's weights",
         "model_settings": "the model's configs",
     }
+    if key == "prior":
+        return (
+            f"prior pictures ({'none' if theirs is None else 'some'} there, {'none' if ours is None else 'some'} here)"
+        )
     return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"

@@ -60,6 +60,11 @@ def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -
     text = foretold.in_words()
     if by_need:
         text += ", with gradient checkpointing"
+    if config.sample.at_troughs and not keeps_base:
+        text += f"; {_shown(foretold.while_drawing)} while it draws"
+        if foretold.need <= foretold.free < foretold.while_drawing:
+            console.warn(f"{text}, which might not fit: then training goes on without, and sdclr sample draws later")
+            return config
     if foretold.need <= foretold.free:
         console.say(f"{text}, without which it might not fit" if by_need else text)
         return config
@@ -86,6 +91,10 @@ class _Foretold:
     @property
     def need(self) -> int:
         return self.needs.at(self.size)
+
+    @property
+    def while_drawing(self) -> int:
+        return self.needs.while_drawing(self.size)
 
     def largest(self) -> int:
         """The largest batch of all processes together below this one that fits; 0 if there is none, or it cannot be told."""

@@ -41,7 +41,7 @@ class Graph:
     def __init__(self, add_gradients: AddGradients, parameters: Sequence[torch.nn.Parameter]):
         self.add_gradients, self.parameters = add_gradients, parameters
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.refused = self.adds = False
+        self.count, self.refused, self.adds = 1, False, False
         self.loss = torch.zeros(())
         self.inputs: Any = ()
         self.grads: list[torch.Tensor | None] = []
@@ -52,6 +52,7 @@ class Graph:
             self._try_to_record(inputs, count)
         if self.graph is None:
             return self.add_gradients(inputs, count)
+        assert count == self.count, f"recorded as one of {self.count} micro-batches, replayed as one of {count}"
         tree_map(lambda own, given: own.copy_(given, non_blocking=True), self.inputs, inputs)
         fresh = all(parameter.grad is None for parameter in self.parameters)
         if self.adds and fresh:
@@ -93,7 +94,7 @@ class Graph:
 
     def _record(self, inputs: Any, count: int) -> None:
         self.inputs = tree_map(torch.clone, inputs)
-        self.adds = count > 1
+        self.count, self.adds = count, count > 1
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):

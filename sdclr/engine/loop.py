@@ -41,7 +41,8 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: its number (1 for the first), the rate it used, mean loss of its samples, gradient norm before clipping."""
+    """One optimizer step: its number (1 for the first), the rate it used, mean loss of its samples (of subject and prior pictures,
+    weighted, where there are these), gradient norm before clipping."""
 
     step: int
     lr: float

@@ -76,6 +76,11 @@ class Needs:
         """The peak of a run with this batch size."""
         return max(self.encoding, self.resident + self.working(batch))
 
+    def while_drawing(self, batch: int) -> int:
+        """The peak of drawing while training, with this batch size."""
+        drawing = int((1 + self.kept) * self.drawing)
+        return self.resident + drawing + (self.working(batch) if self.recorded else 0)
+
     def shared(self, processes: int) -> Needs:
         """About what each process needs where weights and optimizer are in shares: gradients are too, which is not reckoned with, nor are
         the blocks that are gathered for a while."""
@@ -89,12 +94,12 @@ class Needs:
         return dataclasses.replace(self, parts=self.parts | {"exchange": self.trained_bytes})
 
     def working(self, batch: int) -> int:
-        """The peak of gradients and activations, in a training step, in a validation or in drawing, whichever is highest (the step's and
-        the others' together where it is recorded, for its memory stays its own), and what is kept beside them."""
+        """The peak of gradients and activations, in a training step or in a validation, whichever is higher (together where the step
+        is recorded, for its memory stays its own), and what is kept beside them."""
         looking = self.validation.peak(min(self.draws, validation_batch(batch))) if self.validation else 0
         training_and_kept = (1 + self.kept_training) * self.training.peak(batch)
-        others_and_kept = (1 + self.kept) * max(looking, self.drawing)
-        return int(training_and_kept + others_and_kept if self.recorded else max(training_and_kept, others_and_kept))
+        looking_and_kept = (1 + self.kept) * looking
+        return int(training_and_kept + looking_and_kept if self.recorded else max(training_and_kept, looking_and_kept))
 
     def largest(self, memory: int, most: int) -> int:
         """The largest batch up to `most` that fits; 0 when not even one sample does."""
@@ -295,9 +300,16 @@ class _Work:
                     told["encoder_hidden_states"] = self.parts.text_encoder(ids)[0]
                 prediction = denoise(self.parts.unet, latents, timesteps, told)
             loss = squared_error(prediction, latents).mean()
+            forward = list(ledger.moments)
             if grad:
                 self._backward(loss)
-        return ledger.moments
+        return ledger.moments + self._with_gradients(forward) if grad else ledger.moments
+
+    def _with_gradients(self, forward: list[int]) -> list[int]:
+        """The moments of a forward that comes after another one's backward in the same step: the whole gradient lies beside them."""
+        several = self.config.batch.accumulate > 1 or self.config.prior.images or self.config.data.aspect == "buckets"
+        gradients = sum(p.nbytes for module in self.trained for p in adapters.trained(module))
+        return [moment + gradients for moment in forward] if several else []
 
     def _backward(self, loss: torch.Tensor) -> None:
         wanted = [p for module in self.trained for p in adapters.trained(module)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,7 +30,7 @@ class Painter:
     def draw(self, prompt: str, seed: int) -> Image.Image:
         """One picture, exactly as a user's own call of the pipeline with this seed."""
         s, (width, height) = self.config.sample, self.config.sample_size
-        with self.accelerator.autocast():
+        with components.quiet_libraries(), self.accelerator.autocast():
             return self.pipeline(
                 prompt, negative_prompt=s.negative_prompt or None, num_inference_steps=s.steps, guidance_scale=s.guidance, height=height, width=width,
                 generator=torch.Generator().manual_seed(seed),
@@ -65,9 +66,26 @@ def untouched(config: RunConfig) -> tuple[Components, Accelerator]:
 
 @contextlib.contextmanager
 def of_run(run: Run) -> Iterator[Painter]:
-    """For the time of the block: a painter with the weights that a run has now. The parts that it does not train come to the device for it."""
-    with evaluation_mode(list(run.parts.networks.values())):
+    """For the time of the block: a painter with the weights that a run has now. The parts that it does not train come to the device for it.
+
+    It draws what `KeptStates` draws with the same weights (in full_bf16, and of a LoRA, up to rounding).
+    """
+    networks = list(run.parts.networks.values())
+    with evaluation_mode(networks), _as_loaded(networks):
         try:
             yield Painter(run.config, run.parts, run.accelerator)
         finally:
             run.parts.put_away(run.config.model.train)
+
+
+@contextlib.contextmanager
+def _as_loaded(modules: list[Any]) -> Iterator[None]:
+    """For the time of the block, forwards without what accelerate has laid around them for training, which turns their results into fp32."""
+    wrapped = {module: module.forward for module in modules if hasattr(module, "_original_forward")}
+    try:
+        for module in wrapped:
+            module.forward = module._original_forward
+        yield
+    finally:
+        for module, forward in wrapped.items():
+            module.forward = forward

@@ -90,9 +90,14 @@ def read_inputs(
             )
         )
     prior = find_prior(config)
+    if prior and overlap(config.data.images, config.prior.images):
+        problems.append(loaded.problem("prior.images", f"and data.images ({config.data.images}) lie in one another, and all pictures in the outer one are taken: give them folders side by side"))  # fmt: skip
     if config.prior.images and len(prior) < size:
         problems.append(
-            loaded.problem("prior.images", f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}")
+            loaded.problem(
+                "prior.images",
+                f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}: add more (sdclr draw), or lower batch.size",
+            )
         )
     if problems:
         raise ConfigError(problems)
@@ -108,7 +113,18 @@ def read_inputs(
 def find_prior(config: RunConfig) -> tuple[Pair, ...]:
     """The pictures to train on beside the subject's, if there are to be any. Raises DataError as `pairs.find`."""
     place = config.prior.images
-    return tuple(pairs.find(place, config.prior.caption, "prior.images")) if place else ()
+    if place and not place.is_dir():
+        hint = f'set prior.images to a folder of pictures, or draw some: sdclr draw CONFIG "a photo of a ..." --output {place}'
+        raise DataError([f"{place}: there is no such image folder (prior.images)"], hint)
+    return tuple(pairs.find(place, config.prior.caption)) if place else ()
+
+
+def overlap(one: Path, other: Path | None) -> bool:
+    """Whether one of two folders is, or holds, the other."""
+    if other is None:
+        return False
+    a, b = one.resolve(), other.resolve()
+    return a.is_relative_to(b) or b.is_relative_to(a)
 
 
 def held_out_share(config: RunConfig, images: int) -> float:

@@ -153,7 +153,7 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
     clashes = []
     if before.get("images") != now["images"]:
         clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
-    if before.get("prior_images") != now["prior_images"] and config.prior.images:
+    if config.prior.images and (before.get("prior") or {}).get("images") != now["prior"]["images"]:
         clashes.append(f"{config.prior.images}: its pictures or captions are not those that the run was started with")
     if before.get("model") != now["model"]:
         clashes.append(f"{config.model.base}: its weights are not those that the run was started with")

@@ -46,7 +46,7 @@ def refuse_many_sums(count: int) -> None:
     if count > BF16_SUMS:
         raise InputError(
             f"model.precision: full_bf16 sums up {BF16_SUMS} gradients at most, and a step has up to {count} (one for each shape of pictures, and those of prior ones)",
-            hint="lower batch.accumulate, or set data.aspect: square or model.precision: bf16",
+            hint="lower batch.accumulate, or set data.aspect: square, prior.images: null or model.precision: bf16",
         )
 
 

@@ -154,7 +154,8 @@ class Run:
     def _cannot_train(self) -> str | None:
         """Try a micro-batch; what went wrong, if anything did: no C compiler, no triton, an operator that is not known."""
         try:
-            self.add_gradients(self.batches(0)[0], self.config.batch.accumulate)
+            batches = self.batches(0)
+            self.add_gradients(batches[0], len(batches))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:

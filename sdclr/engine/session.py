@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sdclr.config import source
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
@@ -55,7 +53,7 @@ class Session:
         folder: RunFolder,
         inputs: Inputs,
         about: Sequence[tuple[str, str]] = (),
-        draw: Callable[[RunConfig, int, Painter, Callable[[str], None]], None] | None = None,
+        draw: Callable[[RunConfig, int, Painter, Callable[[str], bool]], None] | None = None,
     ):
         """`about` are rows on the plan, for the report; `draw` shows what a step has come to (commands.sample.draw_at_work)."""
         self.about, self.draw = about, draw
@@ -88,8 +86,8 @@ class Session:
         until = self.state.step if stopped_early else plan.steps
         with StopRequest() as stop, console.progress("training", plan.steps, self.state.step) as bar:
             try:
-                if not start:
-                    self._show(bar)
+                if not start or self._at_a_trough:
+                    self._show(bar, stop)
                 for result in self.run.steps(self.state, plan.schedule, until):
                     self.log.add("step", **dataclasses.asdict(result))
                     trough, last = result.step in self.troughs, result.step == plan.steps
@@ -99,7 +97,7 @@ class Session:
                     if last or early or asked or trough or result.step % self.save_every == 0:
                         self._keep(must=last or early or asked)
                     if trough and not asked:
-                        self._show(bar)
+                        asked = self._show(bar, stop)
                     bar.advance(self._numbers(result.lr, result.loss))
                     if asked and not last:
                         raise stop.interrupted(
@@ -318,17 +316,28 @@ class Session:
 
     # Showing ------------------------------------------------------------------------------------------------------------------
 
-    def _show(self, bar: console.Bar) -> None:
-        """Let the state be drawn, if that is asked for. What goes wrong is only said: `sdclr sample` can draw it later."""
-        if self.draw and self.config.sample.at_troughs:
-            self.processes.on_main(lambda: self._try_to_draw(bar))
+    def _show(self, bar: console.Bar, stop: StopRequest) -> bool:
+        """Let the state be drawn, if the config says so. What goes wrong is only said: no picture is worth a run. A stop that is asked for
+        meanwhile ends it; returns whether the run can then end here, for this state has been kept."""
+        if not self.draw or not self.config.sample.at_troughs:
+            return False
+        self.processes.on_main(lambda: self._try_to_draw(bar, stop))
+        return stop.heard_by_any(self.processes) and self.processes.on_main(self._is_kept)
 
-    def _try_to_draw(self, bar: console.Bar) -> None:
+    def _is_kept(self) -> bool:
+        return any(c.step == self.state.step for c in available(self.folder.checkpoints, (FULL,)))
+
+    def _try_to_draw(self, bar: console.Bar, stop: StopRequest) -> None:
         assert self.draw
+
+        def goes_on(words: str) -> bool:
+            bar.advance(words, steps=0)
+            return not stop.requested
+
         try:
             with of_run(self.run) as painter:
-                self.draw(self.config, self.state.step, painter, lambda words: bar.advance(words, steps=0))
-        except (StorageError, torch.OutOfMemoryError) as problem:
+                self.draw(self.config, self.state.step, painter, goes_on)
+        except Exception as problem:  # a full disk or card, a damaged state that is shown beside
             console.warn(
                 f"step {self.state.step} could not be drawn: {first_line(problem)}\n  training goes on; sdclr sample draws it later"
             )

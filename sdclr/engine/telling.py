@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
 from sdclr.data.dataset import shape_for
-from sdclr.data.pairs import Split, printable
+from sdclr.data.pairs import Pair, printable
 from sdclr.engine.plan import Plan
 
 MUCH_IS_SEEN = 0.9
@@ -24,9 +25,11 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("images", f"{len(split.train)} to train on, {len(split.validation)} held out" + ("" if split.validation else " (validation is off: validation.fraction is 0)")),
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
-    rows[1:1] = [*_captions(split), *_cuts(config, split)]
+    subject = (*split.train, *split.validation)
+    rows[1:1] = [*_captions(subject), *_cuts(config, subject)]
     if inputs.prior:
         rows.append(("prior", f"{len(inputs.prior)} pictures of {config.prior.images}: a step takes {b.samples_per_step} of them too, weighted {config.prior.weight:g}"))  # fmt: skip
+        rows += [(f"prior {name}", words) for name, words in (*_captions(inputs.prior), *_cuts(config, inputs.prior))]
     if config.lora.rank:
         rows.append(("trained", f"a LoRA of rank {config.lora.rank}, alpha {config.lora.alpha:g}, beside the {config.lora.layers} matrices"))  # fmt: skip
     if plan is None:
@@ -45,8 +48,17 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("learning rate", f"{lowest}{rates.max():.3g}; the last step is at {s(plan.steps - 1):.3g}"),
         ("exposure", f"{plan.exposure:.3g}{kappa}"),
         ("validation", f"every {plan.validate_every} steps" if split.validation else "off"),
+        *_drawn(config, plan),
         ("from", str(plan.source) if plan.source else "the config alone (no range test is needed)"),
     ]
+
+
+def _drawn(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
+    s = config.sample
+    if not s.at_troughs:
+        return []
+    states = 1 + len(plan.schedule.troughs())
+    return [("pictures", f"{states * len(s.prompts) * len(s.seeds)} are drawn while it trains: of the base and {states - 1} troughs, {len(s.prompts) * len(s.seeds)} each")]  # fmt: skip
 
 
 def cautions(config: RunConfig, plan: Plan) -> list[str]:
@@ -68,9 +80,8 @@ def cautions(config: RunConfig, plan: Plan) -> list[str]:
     return found
 
 
-def _captions(split: Split) -> list[tuple[str, str]]:
+def _captions(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     """Where captions come from, if some are names; and what the folders' names do not say here."""
-    pairs = (*split.train, *split.validation)
     named, rows = [pair for pair in pairs if pair.by_name], []
     if named:
         example = printable(f'{named[0].path.name}: "{named[0].caption}"')
@@ -89,10 +100,10 @@ def _captions(split: Split) -> list[tuple[str, str]]:
     return rows
 
 
-def _cuts(config: RunConfig, split: Split) -> list[tuple[str, str]]:
+def _cuts(config: RunConfig, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
     """What the pictures are cut to, of squares only where that takes much away; and which are too small."""
     data = config.data
-    sizes = [pair.size for pair in (*split.train, *split.validation)]
+    sizes = [pair.size for pair in pairs]
     shapes, buckets = (
         [shape_for(*size, data.resolution, aspect) for size in sizes] for aspect in (data.aspect, "buckets")
     )

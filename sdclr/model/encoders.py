@@ -67,7 +67,9 @@ def encode_pixels(vae: AutoencoderKL, pixels: torch.Tensor) -> tuple[torch.Tenso
 
 
 def decode_in_fp32(vae: AutoencoderKL) -> None:
-    """Keep a VAE's decoder out of autocast: SDXL's overflows in fp16."""
+    """Keep a VAE's decoder out of autocast: SDXL's overflows in fp16. Asked again, nothing more happens."""
+    if "decode" in vars(vae):
+        return
     decode = vae.decode
 
     def whole(latents: torch.Tensor, *args: Any, **named: Any) -> Any:

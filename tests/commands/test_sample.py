@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from sdclr.commands import sample as command
 from sdclr.commands.sample import sample
 from sdclr.config import source
+from sdclr.data.dataset import readable
 from sdclr.engine.painter import KeptStates, Painter
 from sdclr.errors import InputError
 
@@ -142,14 +143,14 @@ def test_a_damaged_cell_is_told_from_a_whole_one_wherever_the_damage_is(tmp_path
     file = tmp_path / "cell.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
     data = file.read_bytes()
-    assert command._readable(file)
+    assert readable(file)
     start = data.index(b"IDAT") + 4
     for place in range(start, len(data) - 16, 7):
         file.write_bytes(data[:place] + bytes([data[place] ^ 255]) + data[place + 1 :])
-        assert not command._readable(file)
+        assert not readable(file)
     for length in (0, 7, 30, start, len(data) // 2):
         file.write_bytes(data[:length])
-        assert not command._readable(file)
+        assert not readable(file)
 
 
 def test_a_new_seed_draws_its_own_cells_alone_and_another_guidance_all(path, calls):

@@ -174,7 +174,9 @@ def test_every_precision_learns_what_fp32_learns():
         assert abs((before - after) - gain) < 0.05 * gain
 
 
-@pytest.mark.parametrize("settings", [(), ("optimizer.name=adamw8bit",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "settings", [(), ("optimizer.name=adamw8bit",), (f"prior.images={ROOT / 'data' / 'mochi'}",)], ids=" ".join
+)
 def test_a_compiled_step_trains_as_a_plain_one(config, settings):
     compiled, plain = build(config(), "model.compile=on", *settings), build(config(), "model.compile=off", *settings)
     compiled.compile_for()

@@ -17,6 +17,7 @@ from together import command, launch
 from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
+from sdclr.engine import memory
 from sdclr.engine.checkpoint import available
 from sdclr.engine.fit import settle_batch
 from sdclr.engine.plan import make_plan, read_inputs
@@ -162,14 +163,12 @@ def test_a_range_test_trains_with_them_and_answers_for_no_other_run(write, other
     with pytest.raises(Inconclusive):
         range_test(path)
     result = json.loads((path.parent / "runs" / "tiny" / "range-test" / "result.json").read_text())
-    assert result["fingerprint"]["prior_weight"] == 0.5
+    assert result["fingerprint"]["prior"]["weight"] == 0.5
     with pytest.raises(InputError, match=r"the range test was inconclusive"):
         train(path, ["schedule.max_lr=auto"])
-    with pytest.raises(InputError, match=r"differs in prior_weight \(0\.5 there, 1\.0 here\)"):
+    with pytest.raises(InputError, match=r"differs in prior\.weight \(0\.5 there, 1\.0 here\)"):
         train(path, ["schedule.max_lr=auto", "prior.weight=1"])
-    with pytest.raises(
-        InputError, match=r"differs in prior pictures or their captions, prior_weight \(0\.5 there, None"
-    ):
+    with pytest.raises(InputError, match=r"differs in prior pictures \(some there, none here\)"):
         train(path, ["schedule.max_lr=auto", "prior.images=null", "prior.weight=1"])
     (others / "other-1.txt").write_text("another caption")
     with pytest.raises(InputError, match=r"differs in prior pictures or their captions$"):
@@ -195,6 +194,41 @@ def test_an_automatic_batch_is_no_larger_than_there_are_prior_pictures(write, ot
     assert "batch.size: auto is 5" in (said := capsys.readouterr().err)
     assert "all prior pictures there are" in said
     assert len(read_inputs(loaded, measuring=True).prior) == 5
+
+
+def test_folders_in_one_another_are_refused(write, pictures, tmp_path):
+    inner = shutil.copytree(pictures, tmp_path / "outer" / "inner")
+    for subject, prior in ((inner, inner), (inner.parent, inner), (inner, inner.parent)):
+        with pytest.raises(ConfigError, match=r"prior\.images and data\.images .*lie in one another"):
+            read_inputs(
+                source.load(
+                    write(subject=subject), [f"prior.images={prior}", "validation.fraction=0", "checkpoint.best=false"]
+                )
+            )
+
+
+def test_a_compiled_steps_trial_is_one_of_as_many_micro_batches_as_a_step_has(write):
+    run, counts = built(write()), []
+    run.add_gradients = lambda batch, count: counts.append(count)
+    assert run._cannot_train() is None
+    assert counts == [len(run.batches(0))] == [2]
+
+
+def test_memory_is_counted_with_the_gradient_that_a_second_backward_meets(write):
+    def training(*overrides: str) -> memory.Needs:
+        loaded = source.load(write(), overrides)
+        return memory.count(loaded.config, 8, 2, torch.device("cpu"), only=2)
+
+    both, alone, twice = training(), training("prior.images=null", "prior.weight=1"), training("prior.images=null", "prior.weight=1", "batch.accumulate=2")  # fmt: skip
+    assert both.training.peak(2) == twice.training.peak(2)
+    assert alone.training.peak(2) < both.training.peak(2) <= alone.training.peak(2) + both.trained_bytes
+
+
+def test_in_full_bf16_half_as_many_gradients_are_summed_up(write):
+    settings = ["model.precision=full_bf16", "batch.accumulate=33"]
+    with pytest.raises(ConfigError, match=r"must be at most 32 .* with prior\.images"):
+        source.load(write(), settings)
+    source.load(write(), [*settings, "prior.images=null", "prior.weight=1"])
 
 
 def test_a_caption_for_all_stands_where_there_is_no_file(write, others):
@@ -238,7 +272,7 @@ def test_what_cannot_be_together_is_refused_at_its_key(write, overrides, place, 
 def test_a_folder_that_is_not_there_or_holds_a_damaged_picture_is_named(write, others):
     with pytest.raises(DataError, match=r"nowhere: there is no such image folder") as caught:
         read_inputs(source.load(write(), ["prior.images=nowhere"]))
-    assert "set prior.images" in caught.value.hint
+    assert "sdclr draw" in caught.value.hint
     whole = (others / "other-0.png").read_bytes()
     (others / "other-0.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"other-0\.png: cannot be"):
