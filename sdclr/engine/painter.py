@@ -68,7 +68,7 @@ def untouched(config: RunConfig) -> tuple[Components, Accelerator]:
 def of_run(run: Run) -> Iterator[Painter]:
     """For the time of the block: a painter with the weights that a run has now. The parts that it does not train come to the device for it.
 
-    It draws what `KeptStates` draws with the same weights (in full_bf16, and of a LoRA, up to rounding).
+    It draws what `KeptStates` draws with the same weights (in full_bf16, of a LoRA and of SDXL up to rounding).
     """
     networks = list(run.parts.networks.values())
     with evaluation_mode(networks), _as_loaded(networks):

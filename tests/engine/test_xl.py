@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tiny import SIDE, make_pictures, make_xl, write_config
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdclr.commands import sample as command
 from sdclr.commands.range_test import range_test
 from sdclr.commands.sample import sample
 from sdclr.commands.train import train
@@ -30,6 +29,7 @@ from sdclr.data.dataset import View, look
 from sdclr.data.pairs import Pair
 from sdclr.engine import memory
 from sdclr.engine.folder import read_json
+from sdclr.engine.painter import KeptStates
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
 from sdclr.errors import Inconclusive, InputError, Interrupted
@@ -277,7 +277,7 @@ def test_memory_counts_every_part(path, xl):
 
 
 def test_drawing_in_low_precision_decodes_in_fp32(path):
-    painter, seen = command._Painter(source.load(path()).config), []
+    painter, seen = KeptStates(source.load(path()).config), []
     for layer in (painter.parts.unet.conv_in, painter.parts.vae.decoder.conv_in):
         layer.register_forward_hook(lambda module, given, out: seen.append(out.dtype))
     with torch.autocast("cpu", torch.bfloat16):
@@ -286,8 +286,21 @@ def test_drawing_in_low_precision_decodes_in_fp32(path):
     assert seen == [torch.bfloat16, torch.float32]
 
 
+def test_it_is_drawn_while_it_trains_and_sample_draws_the_same(path):
+    config = path()
+    train(config, ["sample.at_troughs=true", "checkpoint.best=false"])
+    samples = config.parent / "runs" / "tiny" / "samples"
+    drawn = {cell.name: np.asarray(Image.open(cell), dtype=int) for cell in (samples / "cells").iterdir()}
+    steps = [column.get("step", 0) for column in json.loads((samples / "at-work" / "grid.json").read_text())["columns"]]
+    assert steps == [0, 4, 8]
+    shutil.rmtree(samples)
+    sample(config)
+    for cell in (samples / "cells").iterdir():
+        assert abs(np.asarray(Image.open(cell), dtype=int) - drawn[cell.name]).max() <= 1  # a sum rounded otherwise
+
+
 def test_another_model_is_drawn_with_both_its_text_encoders_and_the_next_one_with_its_own(path, xl, tmp_path):
-    other, painter = make_xl(tmp_path / "other"), command._Painter(source.load(path()).config)
+    other, painter = make_xl(tmp_path / "other"), KeptStates(source.load(path()).config)
     for part in ("text_encoder", "text_encoder_2"):
         file = other / part / "model.safetensors"
         save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
