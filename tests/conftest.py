@@ -99,6 +99,22 @@ def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every prompt and seed that is drawn."""
+    from sdclr.engine.painter import Painter
+
+    seen: list[tuple[str, int]] = []
+    original = Painter.draw
+
+    def draw(self: Painter, prompt: str, seed: int) -> Any:
+        seen.append((prompt, seed))
+        return original(self, prompt, seed)
+
+    monkeypatch.setattr(Painter, "draw", draw)
+    return seen
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory: pytest.TempPathFactory, model: Path, pictures: Path) -> Any:
     """The engine's Run of the tiny config, built once; a test that needs weights asks it for a fresh state."""

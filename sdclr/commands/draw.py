@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sdclr.config import source
-from sdclr.config.schema import RunConfig
 from sdclr.data.dataset import readable
 from sdclr.data.pairs import printable
-from sdclr.engine.fingerprint import base_fingerprint, changed, in_words
+from sdclr.engine.fingerprint import changed, drawing_fingerprint, in_words
 from sdclr.engine.folder import read_json, storage_errors, write_bytes, write_json, write_text
 from sdclr.engine.plan import overlap
 from sdclr.errors import InputError
@@ -42,13 +41,14 @@ def draw(
         raise InputError(f"--output {output}: is a file; name a folder")
     with storage_errors(output, again="then run the same command again", place="--output"):
         output.mkdir(parents=True, exist_ok=True)
-    _refuse_other_settings(output / RECORD, _settings(config))
+    settings = drawing_fingerprint(config) | {"run.seed": config.run.seed}
+    _refuse_other_settings(output / RECORD, settings)
     wanted = [(output / f"drawn-{number:05d}.png", prompts[number % len(prompts)]) for number in range(count)]
     missing = [(number, *each) for number, each in enumerate(wanted) if not _drawn(*each)]
     if missing:
         from sdclr.engine.painter import Painter, untouched
 
-        write_json(output / RECORD, {"settings": _settings(config)})
+        write_json(output / RECORD, {"settings": settings})
         with console.progress("drawing", len(missing)) as bar:
             painter = Painter(config, *untouched(config))
             for number, path, prompt in missing:
@@ -60,15 +60,6 @@ def draw(
     if more > 0:
         console.say(f"{more} other pictures lie there too, and would be trained on")
     console.say(f"next, in {config_path}: prior: {{images: {source.dump_value(str(output))}}}")
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What the pictures depend on beside their prompts."""
-    s = config.sample
-    return {
-        **base_fingerprint(config.model), "model.precision": config.model.precision, "run.seed": config.run.seed,
-        "size": list(config.sample_size), "sample.steps": s.steps, "sample.guidance": s.guidance, "sample.negative_prompt": s.negative_prompt,
-    }  # fmt: skip
 
 
 def _refuse_other_settings(record: Path, now: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from sdclr.config.schema import ModelSection, RunConfig
 from sdclr.data.cache import key_of
 from sdclr.data.dataset import readable, upright
 from sdclr.data.pairs import printable
-from sdclr.engine.fingerprint import another_base, model_fingerprint, model_settings
+from sdclr.engine.fingerprint import another_base, drawing_fingerprint, model_fingerprint
 from sdclr.engine.folder import RunFolder, write_bytes, write_json, write_text
 from sdclr.errors import DataError, InputError, first_line
 from sdclr.report import console, figures, page
@@ -123,11 +123,9 @@ def _opened(paths: dict[tuple[int, str, int], Path]) -> dict[tuple[int, str, int
 def _paths(config: RunConfig, columns: Sequence[Column], cells: Path) -> dict[tuple[int, str, int], Path]:
     """Where the picture of each cell (column, prompt, seed) lies: named by all that it depends on."""
     s = config.sample
-    base = model_fingerprint(config.model.base)  # a checkpoint holds what was trained; the other parts are the base's
-    computed = (model_settings(config.model), config.model.precision)  # auto is one precision on one machine
-    settings = (base, *computed, s.negative_prompt, s.steps, str(s.guidance), *config.sample_size)
+    *settings, size = drawing_fingerprint(config).values()
     return {
-        (c, prompt, seed): cells / f"{key_of(column.identity, prompt, seed, *settings)}.png"
+        (c, prompt, seed): cells / f"{key_of(column.identity, prompt, seed, *settings, *size)}.png"
         for c, column in enumerate(columns)
         for prompt in s.prompts
         for seed in s.seeds

@@ -49,6 +49,16 @@ def base_fingerprint(model: ModelSection) -> dict[str, str]:
     return {"model": model_fingerprint(model.base), "model_settings": model_settings(model)}
 
 
+def drawing_fingerprint(config: RunConfig) -> dict[str, Any]:
+    """What pictures depend on beside the weights, the prompt and the seed; of a checkpoint, which holds only what was trained, the other
+    parts are the base's. `auto` is one precision on one machine."""
+    s = config.sample
+    return {
+        **base_fingerprint(config.model), "model.precision": config.model.precision, "sample.negative_prompt": s.negative_prompt,
+        "sample.steps": s.steps, "sample.guidance": s.guidance, "size": list(config.sample_size),
+    }  # fmt: skip
+
+
 def another_base(stored: dict[str, Any], model: ModelSection) -> str | None:
     """The base that a kept state was trained from, as its state.json names it, if it is not the one that `model` names, as that is now."""
     known = stored.get("fingerprint") or {}

@@ -90,7 +90,7 @@ def read_inputs(
             )
         )
     prior = find_prior(config)
-    if prior and overlap(config.data.images, config.prior.images):
+    if config.prior.images and overlap(config.data.images, config.prior.images):
         problems.append(loaded.problem("prior.images", f"and data.images ({config.data.images}) lie in one another, and all pictures in the outer one are taken: give them folders side by side"))  # fmt: skip
     if config.prior.images and len(prior) < size:
         problems.append(
@@ -119,10 +119,8 @@ def find_prior(config: RunConfig) -> tuple[Pair, ...]:
     return tuple(pairs.find(place, config.prior.caption)) if place else ()
 
 
-def overlap(one: Path, other: Path | None) -> bool:
+def overlap(one: Path, other: Path) -> bool:
     """Whether one of two folders is, or holds, the other."""
-    if other is None:
-        return False
     a, b = one.resolve(), other.resolve()
     return a.is_relative_to(b) or b.is_relative_to(a)
 

@@ -54,11 +54,11 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
 
 
 def _drawn(config: RunConfig, plan: Plan) -> list[tuple[str, str]]:
-    s = config.sample
-    if not s.at_troughs:
+    """How many pictures are drawn while training, if any are."""
+    if not config.sample.at_troughs:
         return []
-    states = 1 + len(plan.schedule.troughs())
-    return [("pictures", f"{states * len(s.prompts) * len(s.seeds)} are drawn while it trains: of the base and {states - 1} troughs, {len(s.prompts) * len(s.seeds)} each")]  # fmt: skip
+    troughs, each = len(plan.schedule.troughs()), len(config.sample.prompts) * len(config.sample.seeds)
+    return [("pictures", f"{(1 + troughs) * each} are drawn while it trains: of the base and {troughs} troughs, {each} each")]  # fmt: skip
 
 
 def cautions(config: RunConfig, plan: Plan) -> list[str]:

@@ -43,20 +43,6 @@ def another_precision() -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[tuple[str, int]]:
-    """Every prompt and seed that is drawn."""
-    seen: list[tuple[str, int]] = []
-    original = Painter.draw
-
-    def draw(self, prompt, seed):
-        seen.append((prompt, seed))
-        return original(self, prompt, seed)
-
-    monkeypatch.setattr(Painter, "draw", draw)
-    return seen
-
-
-@pytest.fixture
 def write(config) -> Callable[..., Path]:
     return lambda extra="", drawing=DRAWING: config(f"{drawing}\n{extra}")
 

@@ -14,7 +14,6 @@ from sdclr.cli import main
 from sdclr.commands.draw import draw
 from sdclr.commands.train import train
 from sdclr.data import pairs
-from sdclr.engine.painter import Painter
 from sdclr.errors import InputError, StorageError
 from sdclr.seeding import derive
 
@@ -24,20 +23,6 @@ PROMPTS = ["a disc", "two discs"]
 @pytest.fixture
 def path(config) -> Path:
     return config("sample: {steps: 2, guidance: 3, negative_prompt: square}")
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[tuple[str, int]]:
-    """Every prompt and seed that is drawn."""
-    seen: list[tuple[str, int]] = []
-    original = Painter.draw
-
-    def draw(self, prompt, seed):
-        seen.append((prompt, seed))
-        return original(self, prompt, seed)
-
-    monkeypatch.setattr(Painter, "draw", draw)
-    return seen
 
 
 def test_pictures_are_those_of_diffusers_pipeline_and_bear_their_prompts_in_turn(path, model, tmp_path, capsys):

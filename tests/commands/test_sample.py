@@ -17,7 +17,7 @@ from sdclr.commands import sample as command
 from sdclr.commands.sample import sample
 from sdclr.config import source
 from sdclr.data.dataset import readable
-from sdclr.engine.painter import KeptStates, Painter
+from sdclr.engine.painter import KeptStates
 from sdclr.errors import InputError
 
 
@@ -27,20 +27,6 @@ def path(config, trained) -> Path:
     found = config("sample: {prompts: [disc, another disc], seeds: [1, 2], steps: 2, guidance: 3}")
     shutil.copytree(trained, found.parent / "runs" / "tiny")
     return found
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[tuple[str, int]]:
-    """Every prompt and seed that is drawn."""
-    seen: list[tuple[str, int]] = []
-    original = Painter.draw
-
-    def draw(self, prompt, seed):
-        seen.append((prompt, seed))
-        return original(self, prompt, seed)
-
-    monkeypatch.setattr(Painter, "draw", draw)
-    return seen
 
 
 def samples(path: Path) -> Path:
