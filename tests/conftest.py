@@ -31,6 +31,7 @@ def counted_once() -> Iterator[None]:
                 config.model,
                 config.lora,
                 config.data,
+                config.mask,
                 config.prior,
                 config.optimizer,
                 config.validation,
@@ -97,6 +98,15 @@ def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)  # type: ignore[call-overload]
 
     return run
+
+
+@pytest.fixture
+def no_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The figures take a good part of a tiny run's time and have tests of their own."""
+    from sdclr.report import figures
+
+    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
+    monkeypatch.setattr(figures, "range_test", lambda *given: b"a figure")
 
 
 @pytest.fixture

@@ -113,3 +113,13 @@ def write_config(path: Path, model: Path, pictures: Path, runs: Path, extra: str
         sections[name.strip()] = value.strip()
     path.write_text("".join(f"{name}: {value}\n" for name, value in sections.items()))
     return path
+
+
+def built(path: Path, *overrides: str) -> Any:
+    """The engine's Run of a config."""
+    from sdclr.config import source
+    from sdclr.engine.plan import read_inputs
+    from sdclr.engine.run import Run
+
+    loaded = source.load(path, overrides)
+    return Run(loaded.config, read_inputs(loaded))

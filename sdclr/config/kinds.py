@@ -118,7 +118,7 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take `size: true` for 1 and `flip: 1` for true."""
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        given = value if isinstance(value, list) else [value]
+        given = value if isinstance(value, list) else [*value.values()] if isinstance(value, dict) else [value]
         if bool not in kinds and kinds & {int, float} and any(isinstance(v, bool) for v in given):
             raise problem(f"must be a number; got {value!r}")
         if bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):

@@ -16,7 +16,6 @@ from sdclr.config.kinds import (
     Count,
     Length,
     Place,
-    Probability,
     Rate,
     Section,
     Seed,
@@ -28,6 +27,7 @@ from sdclr.config.kinds import (
     problem,
     problems,
 )
+from sdclr.config.pictures import DataSection, MaskSection, PriorSection
 from sdclr.config.rates import CYCLIC, ScheduleSection, TrainSection
 
 BF16_SUMS = 64
@@ -136,57 +136,6 @@ class LoraSection(Section):
         idle = [key for key in ("alpha", "layers") if getattr(self, key) != type(self).model_fields[key].default]
         if idle and self.rank is None:
             raise problems([(key, "has no effect: lora.rank is null") for key in idle])
-        return self
-
-
-class DataSection(Section):
-    """The images and their captions."""
-
-    images: Place = Field(
-        description="folder of pictures, each with a .txt or .caption beside it (else the file name is the caption)"
-    )
-    resolution: Side = Field(512, description="pixels, a multiple of 8")
-    aspect: Literal["square", "buckets"] = Field(
-        "square",
-        description="square, or buckets: of the shapes of at most resolution² pixels, each picture takes the one nearest its own; a step is then several forward-backwards",
-    )
-    crop: Literal["center", "random"] = Field(
-        "center", description="which part of a picture is taken where it does not fit: center or random"
-    )
-    crops: Annotated[int, Field(ge=1, le=64)] = Field(
-        1, description="random crops encoded for each picture (crop: random)"
-    )
-    flip: bool = Field(False, description="also train on mirrored pictures")
-    caption: Text | None = Field(None, description="one caption for every picture that has no caption file")
-    caption_dropout: Probability = Field(
-        0.1, description="share of steps' samples whose caption is emptied, so that guidance keeps working"
-    )
-
-    @field_validator("crops")
-    @classmethod
-    def _crops_are_random(cls, crops: int, info: ValidationInfo) -> int:
-        if crops > 1 and info.data.get("crop") == "center":
-            raise problem(f"has no effect with crop: center (there is only one); got {crops}")
-        return crops
-
-
-class PriorSection(Section):
-    """Other pictures of the subject's kind, so that the model keeps what it knows of them (Ruiz 2022, arXiv 2208.12242, section 3.2)."""
-
-    images: Place | None = Field(
-        None,
-        description="folder of them, captioned as data.images is; a step takes as many of them as of the subject, and twice as long. null: none",
-    )
-    weight: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] = Field(
-        1.0, description="of their loss beside the subject's"
-    )
-    caption: Text | None = Field(None, description="one caption for every one that has no caption file")
-
-    @model_validator(mode="after")
-    def _settings_have_pictures(self) -> PriorSection:
-        idle = [key for key in ("weight", "caption") if getattr(self, key) != type(self).model_fields[key].default]
-        if idle and self.images is None:
-            raise problems([(key, "has no effect: prior.images is null") for key in idle])
         return self
 
 
@@ -354,6 +303,7 @@ class RunConfig(Section):
     model: ModelSection
     lora: LoraSection = LoraSection()
     data: DataSection
+    mask: MaskSection = MaskSection()
     prior: PriorSection = PriorSection()
     validation: ValidationSection = ValidationSection()
     optimizer: OptimizerSection = OptimizerSection()

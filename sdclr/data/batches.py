@@ -1,8 +1,8 @@
 """Which picture, seen how, at which place of the run: a function of the seed and the sample's position.
 
-A run is one endless stream of samples, epoch after epoch, each epoch a fresh permutation; a step takes the next
-size × accumulate of them, however many processes share the work. An epoch need not be a whole number of steps, and no picture is
-ever dropped or doubled.
+A run is one endless stream of samples, epoch after epoch, each epoch a fresh permutation of the pictures (of those that repeat,
+as often as they do); a step takes the next size × accumulate of them, however many processes share the work. An epoch need not be a
+whole number of steps, and no picture is ever dropped, or doubled unasked.
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ def in_groups(items: Iterable[Item], alike: Callable[[Item], Hashable], most: in
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample of the stream: its position, the picture's index, the index of its view, and whether its caption is emptied."""
+    """One sample of the stream: its position, the picture's index, the index of its view and of its caption's order, and whether the
+    caption is emptied."""
 
     position: int
     index: int
     view: int
     drop_caption: bool
+    order: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The stream, cut into optimizer steps and micro-batches of `size`; `rank` of `processes` takes its equal share of each."""
+    """The stream, cut into optimizer steps and micro-batches of `size`; `rank` of `processes` takes its equal share of each. `times` is how
+    often an epoch takes each picture (empty: once), `views` and `orders` of how many each sample draws one."""
 
     seed: int
     images: int
@@ -50,6 +53,12 @@ class Batches:
     caption_dropout: float = 0.0
     rank: int = 0
     processes: int = 1
+    times: tuple[int, ...] = ()
+    orders: int = 1
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return sum(self.times) or self.images
 
     @property
     def samples_per_step(self) -> int:
@@ -58,7 +67,7 @@ class Batches:
     @property
     def steps_per_epoch(self) -> float:
         """Optimizer steps in one pass over the images; may be fractional."""
-        return self.images / self.samples_per_step
+        return self.samples_per_epoch / self.samples_per_step
 
     def __call__(self, step: int) -> list[list[Sample]]:
         """This process's micro-batches of one optimizer step (0-based)."""
@@ -71,10 +80,14 @@ class Batches:
 
     def sample(self, position: int) -> Sample:
         """The sample at one position of the stream."""
-        epoch, place = divmod(position, self.images)
-        draw = derive(self.seed, "view", position)
+        epoch, place = divmod(position, self.samples_per_epoch)
+        index = int(_order(self.seed, epoch, self.samples_per_epoch)[place])
+        if self.times:
+            index = int(_places(self.times)[index])
+        view = derive(self.seed, "view", position) % self.views
+        order = derive(self.seed, "tag order", position) % self.orders
         dropped = derive(self.seed, "caption dropout", position) < self.caption_dropout * 2**63
-        return Sample(position, int(_order(self.seed, epoch, self.images)[place]), draw % self.views, dropped)
+        return Sample(position, index, view, dropped, order)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +106,15 @@ class Inputs:
     def prior_batches(self) -> Batches:
         """The stream of the prior pictures: as many in a step, from a seed of their own."""
         seed = derive(self.batches.seed, "prior")
-        return dataclasses.replace(self.batches, seed=seed, images=len(self.prior))
+        return dataclasses.replace(self.batches, seed=seed, images=len(self.prior), times=())
 
 
 @lru_cache(maxsize=8)
-def _order(seed: int, epoch: int, images: int) -> np.ndarray:
-    return numpy_rng(seed, "order", epoch).permutation(images)
+def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
+    return numpy_rng(seed, "order", epoch).permutation(samples)
+
+
+@lru_cache(maxsize=8)
+def _places(times: tuple[int, ...]) -> np.ndarray:
+    """The picture at each place of an epoch that is not shuffled."""
+    return np.repeat(np.arange(len(times)), times)

@@ -71,10 +71,12 @@ def views(crop: str, crops: int, flip: bool) -> list[View]:
 
 class Seen(NamedTuple):
     """A picture as the VAE sees it, float32 (3, height, width) in −1 … 1, and what SDXL is told of it: height and width before it was
-    resized, top and left of this part in the resized picture, height and width of this part (Podell 2023, arXiv 2307.01952, section 2.2)."""
+    resized, top and left of this part in the resized picture, height and width of this part (Podell 2023, arXiv 2307.01952, section 2.2);
+    of one that has a mask also how much each pixel counts, (1, height, width) in 0 … 1."""
 
     pixels: np.ndarray
     sizes: tuple[int, int, int, int, int, int]
+    mask: np.ndarray | None = None
 
 
 def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "square") -> Seen:
@@ -88,18 +90,27 @@ def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "
     shape = shape_for(width, height, resolution, aspect)
     scale = shape.scale(width, height)
     covering = [max(wanted, round(side * scale)) for wanted, side in zip(shape, image.size, strict=True)]
-    image = image.resize(covering, Image.Resampling.LANCZOS)
-    spare = np.array(image.size) - shape
+    spare = np.array(covering) - shape
     at = np.array([0.5, 0.5]) if view.crop == 0 else numpy_rng(seed, "crop", pair.key, view.crop).random(2)
     left, top = (int(v) for v in np.round(spare * at))
-    image = image.crop((left, top, left + shape.width, top + shape.height))
-    if view.flipped:
-        image, left = ImageOps.mirror(image), int(spare[0]) - left
-    array = np.asarray(image, dtype=np.float32)
-    return Seen(
-        np.ascontiguousarray(array.transpose(2, 0, 1)) / 127.5 - 1,
-        (height, width, top, left, shape.height, shape.width),
-    )
+
+    def part(whole: Image.Image, resampling: Image.Resampling) -> np.ndarray:
+        cut = whole.resize(covering, resampling).crop((left, top, left + shape.width, top + shape.height))
+        return np.asarray(ImageOps.mirror(cut) if view.flipped else cut, dtype=np.float32)
+
+    pixels = np.ascontiguousarray(part(image, Image.Resampling.LANCZOS).transpose(2, 0, 1)) / 127.5 - 1
+    mask = part(mask_of(pair), Image.Resampling.BILINEAR)[None] / 255 if pair.mask else None
+    left_as_seen = int(spare[0]) - left if view.flipped else left
+    return Seen(pixels, (height, width, top, left_as_seen, shape.height, shape.width), mask)
+
+
+def mask_of(pair: Pair) -> Image.Image:
+    """A picture's mask, upright, from 0 (masked) to 255 (counts). Raises OSError and Pillow's errors where it cannot be decoded."""
+    assert pair.mask is not None
+    if pair.mask != pair.path:
+        return upright(pair.mask).convert("L")
+    with Image.open(pair.path) as opened:
+        return ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
 
 
 def upright(path: Path) -> Image.Image:

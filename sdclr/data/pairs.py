@@ -6,8 +6,8 @@ import dataclasses
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 
 from PIL import ExifTags, Image
 
@@ -32,13 +32,15 @@ MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """One picture and its caption; `key` is the path relative to the folder, with forward slashes. `by_name`: the caption is the file's name.
-    `size` is its width and height as its header has them, in the orientation that it is looked at."""
+    `size` is its width and height as its header has them, in the orientation that it is looked at. `mask` is the file that says which parts
+    of it count: by its brightness or, if it is the picture itself, by its transparency."""
 
     path: Path
     key: str
     caption: str
     by_name: bool = False
     size: tuple[int, int] = (0, 0)
+    mask: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +99,14 @@ def split(pairs: Sequence[Pair], fraction: float, seed: int, fold: int = 0) -> S
     return Split(
         train=tuple(pair for pair in pairs if pair.key not in held),
         validation=tuple(pair for pair in pairs if pair.key in held),
+    )
+
+
+def times(pairs: Sequence[Pair], repeats: Mapping[str, int]) -> tuple[int, ...]:
+    """How often an epoch takes each picture: as often as the deepest folder above it that `repeats` names, else once."""
+    return tuple(
+        next((repeats[str(folder)] for folder in PurePosixPath(pair.key).parents if str(folder) in repeats), 1)
+        for pair in pairs
     )
 
 

@@ -30,6 +30,13 @@ def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
         "prior": {"images": _pictures(inputs.prior), "weight": config.prior.weight} if inputs.prior else None,
         "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
         "aspect": config.data.aspect if config.data.aspect != "square" else None,
+        "repeats": dict(sorted(config.data.repeats.items())) or None,
+        "tags": {"orders": config.data.tag_orders, "keep": config.data.keep_tags}
+        if config.data.tag_orders > 1
+        else None,
+        "mask": {"images": _masks((*split.train, *split.validation)), "outside": config.mask.outside}
+        if config.mask.images
+        else None,
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
@@ -41,6 +48,15 @@ def _pictures(pairs: Iterable[Pair]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for pair in sorted(pairs, key=lambda p: p.key):
         digest.update(f"{pair.key}\x1f{pair.caption}\x1f{pair.path.stat().st_size}\x1f".encode() + sampled(pair.path))
+    return digest.hexdigest()
+
+
+def _masks(pairs: Iterable[Pair]) -> str:
+    """A hash of the pictures' masks; a picture's own transparency is hashed with the picture."""
+    digest = hashlib.blake2b(digest_size=16)
+    for pair in sorted(pairs, key=lambda p: p.key):
+        own = b"none" if pair.mask is None else b"alpha" if pair.mask == pair.path else sampled(pair.mask)
+        digest.update(f"{pair.key}\x1f".encode() + own)
     return digest.hexdigest()
 
 
@@ -184,11 +200,11 @@ def in_words(key: str, theirs: Any, ours: Any) -> str:
     hashes = {
         "images": "pictures or captions",
         "prior.images": "prior pictures or their captions",
+        "mask.images": "the pictures' masks",
         "model": "the model's weights",
         "model_settings": "the model's configs",
     }
-    if key == "prior":
-        return (
-            f"prior pictures ({'none' if theirs is None else 'some'} there, {'none' if ours is None else 'some'} here)"
-        )
+    what = {"prior": "prior pictures", "mask": "masks", "repeats": "repeats", "tags": "orders of tags"}.get(key)
+    if what:
+        return f"{what} ({'none' if theirs is None else 'some'} there, {'none' if ours is None else 'some'} here)"
     return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"

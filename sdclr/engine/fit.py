@@ -192,7 +192,7 @@ def _matters(config: RunConfig) -> tuple[object, ...]:
     """What a batch's memory depends on."""
     optimizer = config.optimizer
     return (
-        config.model, config.lora, config.data, config.prior, optimizer.name, optimizer.fused_backward, config.validation.fraction
+        config.model, config.lora, config.data, config.mask, config.prior, optimizer.name, optimizer.fused_backward, config.validation.fraction
     )  # fmt: skip
 
 

@@ -280,11 +280,12 @@ class _Work:
         return max(*self._pass(asked, grad=False, latent=drawn), *ledger.moments)
 
     def data_bytes(self, images: int, held_out: int) -> int:
-        """Latents (mean and spread of every view) and encoded captions; as many training pictures as are held out are measured beside these."""
+        """Latents (mean, spread and mask of every view) and encoded captions; as many training pictures as are held out are measured beside these."""
         data = self.config.data
         seen = images * len(views(data.crop, data.crops, data.flip)) + 2 * held_out
-        captions = 0 if "text_encoder" in self.config.model.train else images + 2 * held_out
-        return 4 * (seen * 2 * math.prod(self.latent) + captions * (self.tokens * self.width + self.pooled))
+        captions = 0 if "text_encoder" in self.config.model.train else images * data.tag_orders + 2 * held_out
+        numbers = 2 * math.prod(self.latent) + (math.prod(self.latent[1:]) if self.config.mask.images else 0)
+        return 4 * (seen * numbers + captions * (self.tokens * self.width + self.pooled))
 
     def _pass(self, batch: int, grad: bool, latent: tuple[int, ...] = ()) -> list[int]:
         with self._counted(grad) as ledger:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from sdclr.config.kinds import MAX_STEPS, Span
 from sdclr.config.rates import CYCLIC
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
-from sdclr.data import pairs
+from sdclr.data import masks, pairs
 from sdclr.data.batches import Batches, Inputs
+from sdclr.data.captions import tags_of
 from sdclr.data.dataset import views
 from sdclr.data.pairs import Pair, Split, printable
 from sdclr.engine.fingerprint import differing, find_range_test, fingerprint, in_words, range_tests, sampled
@@ -62,11 +63,12 @@ def read_inputs(
     """Find and split the images, for training or, `measuring`, for a range test. Raises DataError or ConfigError with every problem,
     before torch is imported."""
     config = loaded.config
-    found = pairs.find(config.data.images, config.data.caption)
+    problems = _overlaps(loaded)
+    found = find_subject(config) if not problems else pairs.find(config.data.images, config.data.caption)
     key = "range_test.fraction" if measuring else "validation.fraction"
     fraction = held_out_share(config, len(found)) if measuring else config.validation.fraction
     split = pairs.split(found, fraction, config.run.seed, fold)
-    problems = []
+    problems += _idle(loaded, found)
     size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
     if size % processes:
         problems.append(loaded.problem("batch.size", _uneven(size, processes)))
@@ -90,8 +92,6 @@ def read_inputs(
             )
         )
     prior = find_prior(config)
-    if config.prior.images and overlap(config.data.images, config.prior.images):
-        problems.append(loaded.problem("prior.images", f"and data.images ({config.data.images}) lie in one another, and all pictures in the outer one are taken: give them folders side by side"))  # fmt: skip
     if config.prior.images and len(prior) < size:
         problems.append(
             loaded.problem(
@@ -105,9 +105,18 @@ def read_inputs(
     batches = Batches(
         seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
         size=size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
-        rank=rank, processes=processes,
+        rank=rank, processes=processes, orders=config.data.tag_orders,
+        times=pairs.times(split.train, config.data.repeats) if config.data.repeats else (),
     )  # fmt: skip
     return Inputs(split, batches, prior)
+
+
+def find_subject(config: RunConfig) -> list[Pair]:
+    """The pictures that are trained on and held out, with their masks. Raises DataError with every problem."""
+    found = pairs.find(config.data.images, config.data.caption)
+    if not config.mask.images:
+        return found
+    return masks.by_transparency(found) if config.mask.of_transparency else masks.from_folder(found, config.mask.images)
 
 
 def find_prior(config: RunConfig) -> tuple[Pair, ...]:
@@ -117,6 +126,30 @@ def find_prior(config: RunConfig) -> tuple[Pair, ...]:
         hint = f'set prior.images to a folder of pictures, or draw some: sdclr draw CONFIG "a photo of a ..." --output {place}'
         raise DataError([f"{place}: there is no such image folder (prior.images)"], hint)
     return tuple(pairs.find(place, config.prior.caption)) if place else ()
+
+
+def _overlaps(loaded: LoadedConfig) -> list[str]:
+    """Folders of other pictures that hold the subject's, or lie in its folder: all pictures in the outer one would be taken."""
+    config = loaded.config
+    others = {"prior.images": config.prior.images, "mask.images": None if config.mask.of_transparency else config.mask.images}  # fmt: skip
+    return [
+        loaded.problem(key, f"and data.images ({config.data.images}) lie in one another, and all pictures in the outer one are taken: give them folders side by side")
+        for key, folder in others.items() if folder and overlap(config.data.images, folder)
+    ]  # fmt: skip
+
+
+def _idle(loaded: LoadedConfig, found: Sequence[Pair]) -> list[str]:
+    """Settings of the data that say nothing about these pictures."""
+    data, problems = loaded.config.data, []
+    folders = {str(parent) for pair in found for parent in PurePosixPath(pair.key).parents if parent.name}
+    unknown = [name for name in data.repeats if name not in folders]
+    if unknown:
+        there = f"those that do: {', '.join(sorted(folders)[:10])}" if folders else "no subfolder holds any"
+        problems.append(loaded.problem("data.repeats", f"names {', '.join(unknown)}, and no picture of {data.images} lies in such a subfolder ({there})"))  # fmt: skip
+    if data.tag_orders > 1 and not any(len(tags_of(pair.caption)) > data.keep_tags + 1 for pair in found):
+        beyond = f" beyond the {data.keep_tags} that are kept in place" if data.keep_tags else ""
+        problems.append(loaded.problem("data.tag_orders", f"has nothing to order: no caption has two tags{beyond}"))
+    return problems
 
 
 def overlap(one: Path, other: Path) -> bool:

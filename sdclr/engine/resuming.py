@@ -25,7 +25,7 @@ from sdclr.report import console, metrics
 FREE_TO_CHANGE = ("run.tensorboard", "run.output_dir", "run.name", "sample.", "checkpoint.", "range_test.", "validation.every", "train.early_stop", "train.kappa",
                   "model.attention", "model.gradient_checkpointing", "model.compile", "optimizer.fused_backward", "schedule.allow_peak_end")  # fmt: skip
 """Keys that a resumed run may change: they touch neither the weights nor the meaning of the curves."""
-NEVER = ("run.seed", "model.", "lora.", "data.", "prior.", "validation.fraction", "optimizer.name", "batch.")
+NEVER = ("run.seed", "model.", "lora.", "data.", "mask.", "prior.", "validation.fraction", "optimizer.name", "batch.")
 """Keys that no resumed run can change, not even when asked: it would be another run."""
 
 
@@ -155,6 +155,8 @@ def refuse_other_inputs(start: Checkpoint, config: RunConfig, inputs: Inputs) ->
         clashes.append(f"{config.data.images}: its pictures or captions are not those that the run was started with")
     if config.prior.images and (before.get("prior") or {}).get("images") != now["prior"]["images"]:
         clashes.append(f"{config.prior.images}: its pictures or captions are not those that the run was started with")
+    if config.mask.images and (before.get("mask") or {}).get("images") != now["mask"]["images"]:
+        clashes.append(f"{config.mask.images}: the pictures' masks are not those that the run was started with")
     if before.get("model") != now["model"]:
         clashes.append(f"{config.model.base}: its weights are not those that the run was started with")
     if before.get("model_settings") != now["model_settings"]:

@@ -41,13 +41,15 @@ EARNS_COMPILING = 20 * 60
 class Prepared(NamedTuple):
     """A micro-batch as the loss takes it, on the device: latents and noise (batch, 4, h, w), timesteps (batch,), what the UNet is told
     besides (see model.objective.denoise) or, where the text encoder is trained, the captions' `input_ids` (batch, tokens), and the
-    `share` of its step's mean loss that is its own, in units of what it would be if all of the step's micro-batches were as large."""
+    `share` of its step's mean loss that is its own, in units of what it would be if all of the step's micro-batches were as large; and
+    where pictures are masked one tensor of how much each cell of the latents counts, (batch, 1, h, w)."""
 
     latents: torch.Tensor
     noise: torch.Tensor
     timesteps: torch.Tensor
     told: dict[str, torch.Tensor]
     share: torch.Tensor
+    weights: tuple[torch.Tensor, ...] = ()
 
 
 class Stream(NamedTuple):
@@ -209,9 +211,10 @@ class Run:
     def _encode(self) -> None:
         data, held, prior = self.config.data, self.inputs.split.validation, self.inputs.prior
         seen = views(data.crop, data.crops, data.flip)
+        orders = data.tag_orders
         with self.accelerator.main_process_first():  # the others find everything in the cache
-            self.train = self._encoder.encode(self.inputs.split.train, seen)
-            self.prior = self._encoder.encode(prior, seen) if prior else None
+            self.train = self._encoder.encode(self.inputs.split.train, seen, orders)
+            self.prior = self._encoder.encode(prior, seen, orders) if prior else None
             self.held_out = self._encoder.encode(held, [View()]) if held else None
             # Training pictures measured as the held-out ones are: the gap between the two curves is overfitting.
             self.stabilised = self._encoder.encode(self.inputs.split.train[: len(held)], [View()]) if held else None
@@ -271,9 +274,10 @@ class Run:
             shift = torch.stack([torch.randn((shape[0], 1, 1), generator=g) for g in generators])
             noise = offset_noise(noise, shift, config.loss.noise_offset)
         mean, std = (torch.stack([of[s.index][s.view] for s in samples]) for of in (encoded.mean, encoded.std))
-        dropped = torch.tensor([s.drop_caption for s in samples])
-        told = self._told(encoded, index, view, dropped)
-        return tree_map(self._sent, Prepared(mean + std * spread, noise, timesteps, told, torch.tensor(share)))
+        dropped, order = torch.tensor([s.drop_caption for s in samples]), torch.tensor([s.order for s in samples])
+        told = self._told(encoded, index, view, dropped, order)
+        weights = self._weights(encoded, [(s.index, s.view) for s in samples])
+        return tree_map(self._sent, Prepared(mean + std * spread, noise, timesteps, told, torch.tensor(share), weights))
 
     def loss(self, batch: Prepared) -> torch.Tensor:
         """Mean training loss of a micro-batch, times its share."""
@@ -298,13 +302,15 @@ class Run:
         )
 
     def losses(self, encoded: Encoded, draws: Draws) -> np.ndarray:
-        """Plain mean squared error of every draw with the current weights, (images, K)."""
+        """Plain mean squared error of every draw with the current weights, (images, K), over what the pictures' masks let count."""
 
         def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             index = torch.tensor(images)
-            told = self._told(encoded, index, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool))
+            first = torch.zeros_like(index)  # view, and order of the caption's tags: as written
+            told = self._told(encoded, index, first, torch.zeros_like(index, dtype=torch.bool), first)
             latents = torch.stack([encoded.mean[image][0] for image in images])
-            batch = tree_map(self._sent, Prepared(latents, noise, timesteps, told, torch.ones(())))
+            weights = self._weights(encoded, [(image, 0) for image in images])
+            batch = tree_map(self._sent, Prepared(latents, noise, timesteps, told, torch.ones(()), weights))
             return self._errors(self.modules["unet"], batch)
 
         return evaluate(list(self.modules.values()), losses_of, draws, self.validation_batch, self.accelerator)
@@ -320,15 +326,23 @@ class Run:
         told, scheduler = self._with_hidden_states(batch.told), self.parts.noise_scheduler
         with self.accelerator.autocast():
             prediction, target = predict(unet, scheduler, batch.latents, batch.noise, batch.timesteps, told)
-        return squared_error(prediction, target)
+        return squared_error(prediction, target, *batch.weights)
+
+    def _weights(self, encoded: Encoded, seen: Sequence[tuple[int, int]]) -> tuple[torch.Tensor, ...]:
+        """How much each cell of some pictures' views counts, (pictures, 1, h, w), if there are masks."""
+        if not encoded.masks:
+            return ()
+        outside = self.config.mask.outside
+        return (outside + (1 - outside) * torch.stack([encoded.masks[index][view] for index, view in seen]),)
 
     def _told(
-        self, encoded: Encoded, index: torch.Tensor, view: torch.Tensor, dropped: torch.Tensor
+        self, encoded: Encoded, index: torch.Tensor, view: torch.Tensor, dropped: torch.Tensor, order: torch.Tensor
     ) -> dict[str, torch.Tensor]:
         """What the UNet is told of some pictures, or the token ids for a text encoder that is trained."""
 
         def unless_dropped(known: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
-            return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, known[index])
+            said = known[index * encoded.orders + order]
+            return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, said)
 
         told = {name: unless_dropped(known, self.no_caption[name]) for name, known in encoded.captions.items()}
         return told | {"time_ids": encoded.sizes[index, view]} if self.parts.is_xl else told

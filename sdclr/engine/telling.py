@@ -26,7 +26,7 @@ def describe(config: RunConfig, inputs: Inputs, plan: Plan | None) -> list[tuple
         ("batch", f"{b.samples_per_step} samples a step; {b.steps_per_epoch:.4g} steps an epoch"),
     ]  # fmt: skip
     subject = (*split.train, *split.validation)
-    rows[1:1] = [*_captions(subject), *_cuts(config, subject)]
+    rows[1:1] = [*_captions(subject), *_tags(config), *_repeats(config, inputs), *_cuts(config, subject), *_masks(config, subject)]  # fmt: skip
     if inputs.prior:
         rows.append(("prior", f"{len(inputs.prior)} pictures of {config.prior.images}: a step takes {b.samples_per_step} of them too, weighted {config.prior.weight:g}"))  # fmt: skip
         rows += [(f"prior {name}", words) for name, words in (*_captions(inputs.prior), *_cuts(config, inputs.prior))]
@@ -81,23 +81,44 @@ def cautions(config: RunConfig, plan: Plan) -> list[str]:
 
 
 def _captions(pairs: Sequence[Pair]) -> list[tuple[str, str]]:
-    """Where captions come from, if some are names; and what the folders' names do not say here."""
-    named, rows = [pair for pair in pairs if pair.by_name], []
-    if named:
-        example = printable(f'{named[0].path.name}: "{named[0].caption}"')
-        rows.append(
-            ("captions", f"{len(pairs) - len(named)} from files, {len(named)} from the pictures' names ({example})")
-        )
-    folders = {pair.key.partition("/")[0] for pair in pairs if "/" in pair.key}
-    repeated = sorted(folder for folder in folders if re.match(r"\d+_", folder))
-    if repeated:
-        rows.append(
-            (
-                "repeats",
-                f"none: numbers in names of folders ({', '.join(repeated[:3])}) are not read, and every picture counts once",
-            )
-        )
-    return rows
+    """Where captions come from, if some are names."""
+    named = [pair for pair in pairs if pair.by_name]
+    if not named:
+        return []
+    example = printable(f'{named[0].path.name}: "{named[0].caption}"')
+    return [("captions", f"{len(pairs) - len(named)} from files, {len(named)} from the pictures' names ({example})")]
+
+
+def _repeats(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
+    """How often pictures come in an epoch, where it is not once; and that the folders' names do not say it here."""
+    repeats, train = config.data.repeats, inputs.split.train
+    if repeats:
+        listed = ", ".join(f"{name} {times} times" for name, times in repeats.items())
+        return [("repeats", f"{listed}: an epoch takes {inputs.batches.samples_per_epoch} samples of {len(train)} pictures")]  # fmt: skip
+    folders = {pair.key.partition("/")[0] for pair in (*train, *inputs.split.validation) if "/" in pair.key}
+    numbered = sorted(name for name in folders if re.match(r"\d+_", name))
+    if not numbered:
+        return []
+    example = f"{{{numbered[0]}: {numbered[0].partition('_')[0]}}}"
+    return [("repeats", f"none: numbers in names of folders ({', '.join(numbered[:3])}) are not read; data.repeats: {example} is how to say it")]  # fmt: skip
+
+
+def _tags(config: RunConfig) -> list[tuple[str, str]]:
+    """In how many orders tags are read."""
+    data = config.data
+    if data.tag_orders == 1:
+        return []
+    kept = f"; the first {data.keep_tags} stay where they are" if data.keep_tags else ""
+    return [("tags", f"in {data.tag_orders} orders, of which each sample draws one{kept}")]
+
+
+def _masks(config: RunConfig, pairs: Sequence[Pair]) -> list[tuple[str, str]]:
+    """How many pictures are masked, and what that means."""
+    if not config.mask.images:
+        return []
+    by = "their transparency" if config.mask.of_transparency else f"their masks in {config.mask.images}"
+    masked = sum(pair.mask is not None for pair in pairs)
+    return [("masks", f"{masked} of {len(pairs)} pictures count by {by}; the rest of each weighs {config.mask.outside:g}")]  # fmt: skip
 
 
 def _cuts(config: RunConfig, pairs: Sequence[Pair]) -> list[tuple[str, str]]:

@@ -47,9 +47,13 @@ def denoise(
     return unet(noisy, timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added or None, return_dict=False)[0]
 
 
-def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Mean squared error of each sample, in fp32, shape (batch,)."""
-    return (prediction.float() - target.float()).square().mean(dim=tuple(range(1, target.ndim)))
+def squared_error(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error of each sample, in fp32, shape (batch,); with `weights` (batch, 1, h, w) the mean is over what they let count, so
+    that a picture counts as much as another, however much of it is masked."""
+    squares, every = (prediction.float() - target.float()).square(), tuple(range(1, target.ndim))
+    if weights is None:
+        return squares.mean(dim=every)
+    return (squares.mean(dim=1, keepdim=True) * weights).sum(dim=every) / weights.sum(dim=every)
 
 
 def min_snr_weights(noise_scheduler: DDPMScheduler, timesteps: torch.Tensor, gamma: float) -> torch.Tensor:

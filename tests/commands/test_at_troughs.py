@@ -24,14 +24,9 @@ from sdclr.engine.plan import read_inputs
 from sdclr.errors import ConfigError, Interrupted, StorageError
 from sdclr.report import figures
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 DRAWING = "sample: {prompts: [disc, another disc], seeds: [1, 2], steps: 2, guidance: 3, at_troughs: true}"
 WEIGHTS = "final/unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_figure(monkeypatch):
-    """The curves' figure takes a good part of a tiny run's time and has tests of its own."""
-    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
 
 
 @pytest.fixture(autouse=True)

@@ -25,19 +25,14 @@ from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import read_inputs
 from sdclr.errors import CheckpointError, ConfigError, DivergenceError, InputError, Interrupted
-from sdclr.report import figures, metrics
+from sdclr.report import metrics
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 SEVEN = """validation: {fraction: 0.3, every: 2, timesteps_per_image: 2}
 schedule: {policy: triangular, max_lr: 1e-3, cycles: 1}
 train: {steps: 7}
 checkpoint: {every: 5}"""
 """Seven training images in batches of two: steps 4 and 8 straddle two epochs."""
-
-
-@pytest.fixture(autouse=True)
-def no_figure(monkeypatch):
-    """The figure takes a good part of a tiny run's time and has tests of its own."""
-    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
 
 
 def runs(path: Path, name: str = "tiny") -> Path:

@@ -75,7 +75,7 @@ def sections() -> list[type[BaseModel]]:
 
 
 def test_every_section_is_frozen_and_forbids_unknown_keys() -> None:
-    assert len(sections()) == len(RunConfig.model_fields) == 14
+    assert len(sections()) == len(RunConfig.model_fields) == 15
     for section in sections():
         assert issubclass(section, Section)
         assert section.model_config["frozen"]

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import again
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny import write_config
-from together import command, launch
+from tiny import built, write_config
 
 from sdclr.commands.range_test import range_test
 from sdclr.commands.sample import sample
@@ -18,25 +18,17 @@ from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.data.dataset import View, look
 from sdclr.engine import rounding
-from sdclr.engine.checkpoint import Checkpoint, available
+from sdclr.engine.checkpoint import Checkpoint
 from sdclr.engine.plan import make_plan, read_inputs
 from sdclr.engine.run import Run
 from sdclr.engine.telling import describe
 from sdclr.errors import CheckpointError, ConfigError, Inconclusive, InputError
-from sdclr.report import figures, metrics
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 SIZES = [(32, 32), (64, 32), (32, 64), (40, 24), (96, 96), (30, 58), (48, 17), (33, 31), (100, 60), (24, 40)]
 SETTINGS = """data: {{images: '{pictures}', resolution: 32, aspect: buckets, flip: true, caption_dropout: 0.3}}
 batch: {{size: 4, accumulate: 2}}
 validation: {{fraction: 0.3, every: 2, timesteps_per_image: 3}}"""
-WEIGHTS = "final/unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_figure(monkeypatch):
-    """The figures take a good part of a tiny run's time and have tests of their own."""
-    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
-    monkeypatch.setattr(figures, "range_test", lambda *given: b"a figure")
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +51,6 @@ def write(tmp_path: Path, model: Path, many: Path) -> Callable[..., Path]:
         return write_config(tmp_path / folder / "run.yaml", base, pictures, tmp_path / folder / "runs", f"{settings}\n{extra}")  # fmt: skip
 
     return write
-
-
-def built(path: Path, *overrides: str) -> Run:
-    loaded = source.load(path, overrides)
-    return Run(loaded.config, read_inputs(loaded))
 
 
 def gradients(run: Run, step: int) -> tuple[list[torch.Tensor], float]:
@@ -137,33 +124,16 @@ def test_where_all_pictures_are_square_buckets_change_nothing(write, pictures):
     for folder, aspect in (("a", "square"), ("b", "buckets")):
         path = write(folder=folder, pictures=pictures)
         train(path, [f"data.aspect={aspect}"])
-        weights.append((path.parent / "runs" / "tiny" / WEIGHTS).read_bytes())
+        weights.append((path.parent / "runs" / "tiny" / again.WEIGHTS).read_bytes())
     assert weights[0] == weights[1]
 
 
 def test_a_resumed_run_has_the_same_bits(write):
-    path = write()
-    train(path, ["checkpoint.every=3"])
-    run = path.parent / "runs" / "tiny"
-    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", WEIGHTS)}
-    (run / "final").rename(run / "gone")
-    train(path, ["checkpoint.every=3"], resume=True, checkpoint=available(run / "checkpoints", ("step",))[0].path)
-    assert {name: (run / name).read_bytes() for name in before} == before
+    again.resumes_to_the_same_bits(write())
 
 
 def test_two_processes_come_to_the_same_weights(write, tmp_path):
-    from safetensors.torch import load_file
-
-    found = []
-    for count in (1, 2):
-        path = write(folder=f"by-{count}")
-        ended = launch(count, command("train", path), tmp_path / f"said-{count}")
-        assert ended.codes == (0,) * count, ended.err
-        found.append(path.parent / "runs" / "tiny")
-    ours, theirs = (load_file(run / WEIGHTS) for run in found)
-    assert max(float((t - theirs[k]).norm() / t.norm()) for k, t in ours.items()) < 1e-5
-    losses = [[r["loss"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "validation"] for run in found]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    again.two_processes_come_to_the_same_weights(lambda folder: write(folder=folder), tmp_path)
 
 
 def test_sdxl_is_told_the_shape(write, xl):
@@ -232,7 +202,7 @@ def test_updates_in_the_backward_are_possible_one_picture_at_a_time(write):
     for name, fused in (("fused", "true"), ("plain", "false")):
         path = write(f"optimizer: {{fused_backward: {fused}, max_grad_norm: null}}\nbatch: {{size: 1}}", folder=name)
         train(path)
-        final[name] = (path.parent / "runs" / "tiny" / WEIGHTS).read_bytes()
+        final[name] = (path.parent / "runs" / "tiny" / again.WEIGHTS).read_bytes()
     assert final["fused"] == final["plain"]
 
 

@@ -474,4 +474,7 @@ def test_the_plan_says_which_captions_are_names_and_which_pictures_are_enlarged(
     rows = dict(describe(loaded.config, read_inputs(loaded), plan_of(loaded)))
     assert rows["captions"] == '20 from files, 1 from the pictures\' names (odd.png: "odd")'
     assert rows["enlarged"].startswith("1 of 21 pictures, up to 1.6 times")
-    assert rows["repeats"] == "none: numbers in names of folders (3_mine) are not read, and every picture counts once"
+    assert (
+        rows["repeats"]
+        == "none: numbers in names of folders (3_mine) are not read; data.repeats: {3_mine: 3} is how to say it"
+    )

@@ -8,32 +8,22 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import again
 import pytest
 import torch
 from PIL import Image, ImageOps
-from tiny import write_config
-from together import command, launch
+from tiny import built, write_config
 
 from sdclr.commands.range_test import range_test
 from sdclr.commands.train import train
 from sdclr.config import source
 from sdclr.engine import memory
-from sdclr.engine.checkpoint import available
 from sdclr.engine.fit import settle_batch
 from sdclr.engine.plan import make_plan, read_inputs
-from sdclr.engine.run import Run
 from sdclr.engine.telling import describe
 from sdclr.errors import CheckpointError, ConfigError, DataError, Inconclusive, InputError
-from sdclr.report import figures, metrics
 
-WEIGHTS = "final/unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def no_figure(monkeypatch):
-    """The figures take a good part of a tiny run's time and have tests of their own."""
-    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
-    monkeypatch.setattr(figures, "range_test", lambda *given: b"a figure")
+pytestmark = pytest.mark.usefixtures("no_figure")
 
 
 @pytest.fixture
@@ -58,11 +48,6 @@ def write(tmp_path: Path, model: Path, pictures: Path, others: Path) -> Callable
         return write_config(tmp_path / folder / "run.yaml", model, subject, tmp_path / folder / "runs", settings)
 
     return write
-
-
-def built(path: Path, *overrides: str) -> Run:
-    loaded = source.load(path, overrides)
-    return Run(loaded.config, read_inputs(loaded))
 
 
 def test_a_step_has_the_gradient_of_dreambooths_script(write):
@@ -134,28 +119,13 @@ def test_the_subject_keeps_its_order_noise_and_timesteps(write, config):
 
 
 def test_a_resumed_run_has_the_same_bits(write):
-    path = write()
-    train(path, ["checkpoint.every=3"])
-    run = path.parent / "runs" / "tiny"
-    before = {name: (run / name).read_bytes() for name in ("metrics.jsonl", WEIGHTS)}
-    (run / "final").rename(run / "gone")
-    train(path, ["checkpoint.every=3"], resume=True, checkpoint=available(run / "checkpoints", ("step",))[0].path)
-    assert {name: (run / name).read_bytes() for name in before} == before
+    again.resumes_to_the_same_bits(write())
 
 
 def test_two_processes_come_to_the_same_weights(write, tmp_path):
-    from safetensors.torch import load_file
-
-    found = []
-    for count in (1, 2):
-        path = write("batch: {size: 4, accumulate: 2}", folder=f"by-{count}")
-        ended = launch(count, command("train", path), tmp_path / f"said-{count}")
-        assert ended.codes == (0,) * count, ended.err
-        found.append(path.parent / "runs" / "tiny")
-    ours, theirs = (load_file(run / WEIGHTS) for run in found)
-    assert max(float((t - theirs[k]).norm() / t.norm()) for k, t in ours.items()) < 1e-5
-    losses = [[r["loss"] for r in metrics.read(run / "metrics.jsonl") if r["kind"] == "step"] for run in found]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    again.two_processes_come_to_the_same_weights(
+        lambda folder: write("batch: {size: 4, accumulate: 2}", folder=folder), tmp_path
+    )
 
 
 def test_a_range_test_trains_with_them_and_answers_for_no_other_run(write, others):

@@ -24,6 +24,7 @@ from sdclr.engine.processes import Processes
 from sdclr.errors import InputError, Interrupted, StorageError
 from sdclr.report import figures, metrics
 
+pytestmark = pytest.mark.usefixtures("no_figure")
 ROOT = Path(__file__).parent.parent.parent
 WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
 SETTINGS = """data: {{images: '{pictures}', resolution: 32, flip: true, caption_dropout: 0.3}}
@@ -33,13 +34,6 @@ train: {{steps: 8}}
 validation: {{fraction: 0.3, every: 2, timesteps_per_image: 7}}
 checkpoint: {{every: 4, keep_last: 9, average: true}}"""
 """Seven images in steps of eight, so that every step straddles two epochs; three held-out images in 21 draws, three batches of validation."""
-
-
-@pytest.fixture(autouse=True)
-def no_figure(monkeypatch):
-    """The figures take a good part of a tiny run's time and have tests of their own."""
-    monkeypatch.setattr(figures, "training", lambda records, title, marks: b"a figure")
-    monkeypatch.setattr(figures, "range_test", lambda *given: b"a figure")
 
 
 COUNTS = {"alone": 1, "side by side": 2, "in shares": 2}

@@ -16,7 +16,7 @@ import torch
 from diffusers import EDMDPMSolverMultistepScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny import SIDE, make_pictures, make_xl, write_config
+from tiny import SIDE, built, make_pictures, make_xl, write_config
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sdclr.commands.range_test import range_test
@@ -30,8 +30,6 @@ from sdclr.data.pairs import Pair
 from sdclr.engine import memory
 from sdclr.engine.folder import read_json
 from sdclr.engine.painter import KeptStates
-from sdclr.engine.plan import read_inputs
-from sdclr.engine.run import Run
 from sdclr.errors import Inconclusive, InputError, Interrupted
 from sdclr.model import checks, components, encoders
 from sdclr.model.single_file import original_layout
@@ -60,11 +58,6 @@ def path(tmp_path, xl, oblong) -> Callable[..., Path]:
 
 def section(base: object, **more: object) -> ModelSection:
     return ModelSection(base=str(base), **more)  # type: ignore[arg-type]
-
-
-def built(path: Path, *overrides: str) -> Run:
-    loaded = source.load(path, overrides)
-    return Run(loaded.config, read_inputs(loaded))
 
 
 # What is told to the UNet -----------------------------------------------------------------------------------------------------------
