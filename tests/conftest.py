@@ -17,6 +17,14 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+LONGEST = ("test_range_test_bench", "test_processes", "test_shapes", "test_study")
+"""Files with tests of a minute and more: they begin, so that no process of several is left alone with one."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def counted_once() -> Iterator[None]:
     """What the same settings need in memory is counted once: a second of work that every command begins with."""

@@ -110,12 +110,12 @@ def test_each_variant_changes_one_setting_of_the_unchanged_test_and_that_is_take
 
 
 def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nulls, "MOST", 48)
+    monkeypatch.setattr(nulls, "MOST", 32)
     monkeypatch.setattr(nulls, "FEW", 6)
     monkeypatch.setattr(cases, "HELD_OUT", 4)
     few = ("nothing", "two fifths held out")  # of all seven a test of minutes
     monkeypatch.setattr(variants, "VARIANTS", {name: variants.VARIANTS[name] for name in few})
-    settings = ("range_test.max_steps=48", "validation.timesteps_per_image=2")
+    settings = ("range_test.max_steps=32", "validation.timesteps_per_image=2")
     case = cases.Case("mochi", pictures=10, overrides=settings, base=model, in_depth=True)
     effort = truth.Effort(per_decade=2, rates=3, seeds=2, cap=8, points=4)
     depth = range_test_accuracy.Depth(1, effort, (6,), (2,), 1, True, 1, 1)

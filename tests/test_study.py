@@ -71,7 +71,7 @@ def test_a_run_that_diverged_makes_no_pair_and_is_counted(study):
 
 def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model, tmp_path, monkeypatch):
     scale = study.Scale(
-        seeds=(1,), folds=(0, 1), factors=(1.0,), cycles=(1,), sizes=(17,), size_sets=(0,), replays=("all-images", "constant"),
+        seeds=(1,), folds=(0, 1), decays=(0.0, 0.9), factors=(1.0,), cycles=(1,), sizes=(17,), size_sets=(0,), replays=("all-images", "constant"),
         rates=(1.0,), rungs=(1, 2), prior=4, prior_rungs=(1,), truth=6, draws=2, prompts=2, pictures=2, sampler_steps=2,
     )  # fmt: skip
     arguments = ["--base", str(model), "--ceiling", "1e-3", "--best-exposure", "4e-3", "--workers", "1", "--build", str(tmp_path / "build"),
@@ -86,6 +86,14 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     assert [(r["fold"], r["prior"], r["step"]) for r in record["prior"]] == [
         (fold, prior, step) for fold in (0, 1) for prior in (False, True) for step in (0, 4)
     ]
+    ends = {(r["schedule"], r["fold"]): r["end"]["truth"] for r in record["averages"]}
+    ways = ("", ", EMA 0", ", EMA 0.9")
+    assert [name for name, fold in ends if fold == 1] == [
+        *(f"{name}{way}" for name in ("constant", "linear to zero", "4 cycles") for way in ways), "4 cycles, mean of the troughs",
+    ]  # fmt: skip
+    for name, fold in ends:  # an average that forgets at once is the last weights
+        if name.endswith(", EMA 0"):
+            assert ends[name, fold] == pytest.approx(ends[name.removesuffix(", EMA 0"), fold], rel=1e-6)
     text = (results / "study.md").read_text()
     for name in ("schedules.png", "ladder.png", "ladder-grid.png", "prior-grid.png", "published.png", "replays.png"):
         assert name in text
@@ -98,8 +106,11 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
 
     monkeypatch.setattr(Bench, "_run", never)
     monkeypatch.setattr(study, "climb", never)
+    monkeypatch.setattr(study, "averaged", never)
     again = study.Study(scale, str(model), tmp_path / "build", 1e-3, 4e-3, ("train.steps=40", "train.kappa=1"))
-    jobs = [job for part in ("schedules", "ladder", "prior", "replays") for job in study.PARTS[part].jobs(again)]
+    jobs = [
+        job for part in ("schedules", "averages", "ladder", "prior", "replays") for job in study.PARTS[part].jobs(again)
+    ]
     rows = study.run_jobs(again, jobs, workers=1)
     assert rows == {part: record[part] for part in rows}
 

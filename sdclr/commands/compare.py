@@ -170,7 +170,7 @@ def _cautions(runs: Sequence[Curves], reference: Curves, rows: Sequence[dict[str
     other = [run.name for run in runs if run.looks and run is not reference and not _same_draws(run, reference)]
     if other:
         found.append(
-            f"Measured on other images, draws or another base than {reference.name}, so losses cannot be paired: {', '.join(other)}."
+            f"Measured on other images, masks or draws, or on another base, than {reference.name}, so losses cannot be paired: {', '.join(other)}."
         )
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -49,11 +50,15 @@ class DataSection(Section):
     @field_validator("repeats")
     @classmethod
     def _repeats_are_of_subfolders(cls, repeats: dict[str, int]) -> dict[str, int]:
-        for name in repeats:
-            path = PurePosixPath(name)
+        tidy: dict[str, int] = {}
+        for name, times in repeats.items():
+            path = PurePosixPath(unicodedata.normalize("NFC", name))
             if path.is_absolute() or not path.parts or ".." in path.parts:
                 raise problem(f"must name subfolders of data.images; got {name!r}")
-        return {PurePosixPath(name).as_posix(): times for name, times in repeats.items()}
+            if path.as_posix() in tidy:
+                raise problem(f"names {path.as_posix()} twice")
+            tidy[path.as_posix()] = times
+        return tidy
 
     @field_validator("keep_tags")
     @classmethod

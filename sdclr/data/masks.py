@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -56,4 +57,4 @@ def _has_transparency(path: Path) -> bool:
 
 
 def _stem(pair: Pair) -> str:
-    return PurePosixPath(pair.key).with_suffix("").as_posix()
+    return unicodedata.normalize("NFC", PurePosixPath(pair.key).with_suffix("").as_posix())

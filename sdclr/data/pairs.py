@@ -104,10 +104,14 @@ def split(pairs: Sequence[Pair], fraction: float, seed: int, fold: int = 0) -> S
 
 def times(pairs: Sequence[Pair], repeats: Mapping[str, int]) -> tuple[int, ...]:
     """How often an epoch takes each picture: as often as the deepest folder above it that `repeats` names, else once."""
-    return tuple(
-        next((repeats[str(folder)] for folder in PurePosixPath(pair.key).parents if str(folder) in repeats), 1)
-        for pair in pairs
-    )
+    return tuple(next((repeats[name] for name in folders_of(pair) if name in repeats), 1) for pair in pairs)
+
+
+def folders_of(pair: Pair) -> list[str]:
+    """The subfolders that a picture lies in, the deepest first, as they are typed (on disk an accent may be a character of its own)."""
+    return [
+        unicodedata.normalize("NFC", folder.as_posix()) for folder in PurePosixPath(pair.key).parents if folder.name
+    ]
 
 
 def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:

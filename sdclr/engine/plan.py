@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from sdclr.config.kinds import MAX_STEPS, Span
 from sdclr.config.rates import CYCLIC
@@ -141,7 +141,7 @@ def _overlaps(loaded: LoadedConfig) -> list[str]:
 def _idle(loaded: LoadedConfig, found: Sequence[Pair]) -> list[str]:
     """Settings of the data that say nothing about these pictures."""
     data, problems = loaded.config.data, []
-    folders = {str(parent) for pair in found for parent in PurePosixPath(pair.key).parents if parent.name}
+    folders = {folder for pair in found for folder in pairs.folders_of(pair)}
     unknown = [name for name in data.repeats if name not in folders]
     if unknown:
         there = f"those that do: {', '.join(sorted(folders)[:10])}" if folders else "no subfolder holds any"

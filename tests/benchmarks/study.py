@@ -3,11 +3,12 @@
     make study                                   # all of it, at most three hours on two cores; stopped, it goes on where it was
     python tests/benchmarks/study.py --quick     # a smaller one in about ten minutes, into build/study-quick/results
 
-Five parts, each of jobs that need nothing of one another:
+Six parts, each of jobs that need nothing of one another:
 
     replays    every file of configs/cycling, measured along the way
     schedules  each schedule against constant at equal exposure and equal steps; pairs share seed, split, batches, noise
     sizes      the same with more training pictures
+    averages   the last weights against averages of weights: of the last steps (EMA), and of the troughs
     ladder     pictures drawn at the troughs: likeness, obedience and variety against κ at several rates
     prior      the same with and without prior pictures (people that the base has drawn): what they keep, and what they cost
 
@@ -72,6 +73,7 @@ class Scale:
 
     seeds: tuple[int, ...] = (1, 2, 3)
     folds: tuple[int, ...] = (0, 1, 2)
+    decays: tuple[float, ...] = (0.9, 0.97, 0.9999)
     factors: tuple[float, ...] = (1.0, 2.0, 0.5)
     cycles: tuple[int, ...] = (1, 2, 4, 8, 25)
     sizes: tuple[int, ...] = (64,)
@@ -313,6 +315,58 @@ def _compare(
     return rows
 
 
+# Averages -------------------------------------------------------------------------------------------------------------------
+
+
+def average_jobs(study: Study) -> list[Job]:
+    return [("averages", job) for job in itertools.product(study.scale.seeds, study.scale.folds)]
+
+
+def average_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
+    """Runs of equal exposure, each measured with its last weights and with averages of its weights; kept on disk when all are whole."""
+    loaded = source.load(DEMO, study.settings(seed))
+    bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"averages-{seed}-{fold}")
+    found = schedules(study.best_exposure, study.ceiling / 2, (4,))
+    shapes = {name: found[name] for name in ("constant", "linear to zero", "4 cycles")}
+
+    def make() -> Iterator[dict[str, Any]]:
+        untouched = losses_of(bench, bench.base())
+        for name, schedule in shapes.items():
+            for average, end in averaged(bench, schedule, study.scale.decays).items():
+                yield {
+                    "seed": seed, "fold": fold, "factor": 1.0, "schedule": f"{name}{average}", "peak": schedule.max_lr, "steps": schedule.steps,
+                    "exposure": float(schedule.rates().sum()), "base": untouched, "end": end,
+                }  # fmt: skip
+
+    return kept(bench, repr((shapes, study.scale.decays)), make)
+
+
+def averaged(bench: Any, schedule: Schedule, decays: Sequence[float]) -> dict[str, dict[str, float]]:
+    """A run's losses with its last weights, with diffusers' exponential averages over the steps (whose decay begins at 2/11 and rises as
+    (1 + n)/(10 + n) up to the one given, as train_text_to_image.py has it), and with the mean of its troughs."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    run = bench.run
+    state, parameters = run.fresh_state(), list(run.modules["unet"].parameters())
+    averages = {f", EMA {decay:g}": EMAModel(parameters, decay=decay) for decay in decays}
+    troughs: list[list[torch.Tensor]] = []
+    for result in run.steps(state, schedule, schedule.steps):
+        for average in averages.values():
+            average.step(parameters)
+        if result.step in schedule.troughs():
+            troughs.append([parameter.detach().clone() for parameter in parameters])
+    found = {"": losses_of(bench, run.losses(bench.held_out, bench.draws))}
+    weights = {name: average.shadow_params for name, average in averages.items()}
+    if len(troughs) > 1:
+        weights[", mean of the troughs"] = [torch.stack(each).mean(dim=0) for each in zip(*troughs, strict=True)]
+    for name, average in weights.items():
+        for parameter, value in zip(parameters, average, strict=True):
+            parameter.data.copy_(value)
+        found[name] = losses_of(bench, run.losses(bench.held_out, bench.draws))
+    return found
+
+
 # Replays --------------------------------------------------------------------------------------------------------------------
 
 
@@ -369,15 +423,20 @@ def climbed(
 ) -> list[dict[str, Any]]:
     """One cyclical run's rows, of the steps that are due; read from disk if it is there."""
     scale, prompts = study.scale, sampled_prompts(study.scale.prompts)
-    key = key_of(bench.key, repr((schedule, prompts, due, scale.pictures, scale.sampler_steps)))
-    kept = bench.folder / "ladder.json"
+    what = repr((schedule, prompts, due, scale.pictures, scale.sampler_steps))
+    return kept(bench, what, lambda: climb(study, bench, schedule, due, prompts, about))
+
+
+def kept(bench: Any, what: str, make: Callable[[], Iterator[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows that `make` makes of a bench, read from disk if those of the same bench and `what` are there."""
+    key, path = key_of(bench.key, what), bench.folder / "rows.json"
     try:
-        if (stored := read_json(kept))["key"] == key:
+        if (stored := read_json(path))["key"] == key:
             return stored["rows"]
     except (InputError, KeyError):
         pass
-    rows = list(climb(study, bench, schedule, due, prompts, about))
-    write_json(kept, {"key": key, "rows": rows})
+    rows = list(make())
+    write_json(path, {"key": key, "rows": rows})
     return rows
 
 
@@ -432,6 +491,7 @@ PARTS = {
     "prior": Part(prior_jobs, prior_job),
     "replays": Part(replay_jobs, replay_job),
     "sizes": Part(size_jobs, size_job),
+    "averages": Part(average_jobs, average_job),
 }
 
 if __name__ == "__main__":

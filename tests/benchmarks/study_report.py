@@ -29,7 +29,7 @@ def write(folder: Path, record: dict[str, Any], build: Path) -> None:
         ),
     ]
     for part, tell in (
-        ("schedules", tell_schedules), ("sizes", tell_sizes), ("ladder", tell_ladder), ("prior", tell_prior), ("replays", tell_replays),
+        ("schedules", tell_schedules), ("averages", tell_averages), ("sizes", tell_sizes), ("ladder", tell_ladder), ("prior", tell_prior), ("replays", tell_replays),
     ):  # fmt: skip
         if record[part]:
             title, *rest = tell(folder, record, build)
@@ -82,6 +82,17 @@ def tell_schedules(folder: Path, record: dict[str, Any], build: Path) -> list[st
         ),
         _schedule_table(lines, ("top / ceiling", lambda line: f"{line['factor']:g}")),
         "![Each schedule against constant](schedules.png)",
+    ]
+
+
+def tell_averages(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    return [
+        "## The last weights against averages of weights",
+        (
+            "The same with exponential averages of a run's weights over its steps (EMA; diffusers' own, whose decay rises to the one named) and "
+            "with the mean of its troughs, in place of its last weights; all against constant training's last weights."
+        ),
+        _schedule_table(paired(record["averages"]), ("top / ceiling", lambda line: f"{line['factor']:g}")),
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +248,7 @@ def test_a_picture_of_which_nothing_counts_is_refused_unless_its_outside_does(wr
         (["data.tag_orders=2", "data.keep_tags=3"], ConfigError, "no caption has two tags beyond the 3 that are kept"),
         (["data.repeats={far: 2}"], ConfigError, "names far, and no picture of"),
         (["data.repeats={../near: 2}"], ConfigError, "must name subfolders of data.images"),
+        (["data.repeats={near: 2, near/: 3}"], ConfigError, "data.repeats names near twice"),
         (["data.repeats={near: true}"], ConfigError, "data.repeats must be a number"),
         (["data.repeats={near: 0}"], ConfigError, "data.repeats must be at least 1; got 0"),
     ],
@@ -288,6 +290,15 @@ def test_an_epoch_takes_pictures_as_often_as_their_deepest_folder_says(write, su
     }
     rows = dict(describe(loaded.config, inputs, make_plan(loaded, inputs)))
     assert rows["repeats"] == "near 3 times, near/er 5 times: an epoch takes 20 samples of 10 pictures"
+
+
+def test_names_with_accents_are_the_same_however_the_disk_writes_them(write, subject, masks):
+    for folder in (subject, masks):
+        (folder / "near").rename(folder / unicodedata.normalize("NFD" if folder is subject else "NFC", "près"))
+    loaded = source.load(write(f"mask: {{images: '{masks}'}}", data=f"repeats: {{{unicodedata.normalize('NFC', 'près')}: 2}}"))  # fmt: skip
+    inputs = read_inputs(loaded)
+    assert Counter(inputs.batches.times) == Counter(2 if "/" in pair.key else 1 for pair in inputs.split.train)
+    assert 2 in inputs.batches.times
 
 
 def test_repeats_leave_the_split_and_the_held_out_draws_alone(write):

@@ -322,7 +322,7 @@ def test_each_process_holds_its_share_of_weights_gradients_and_optimizer(write, 
 
 @several
 def test_the_range_test_in_two_processes_measures_what_one_measures(model, pictures, tmp_path, way):
-    short = """range_test: {max_steps: 40, arms_per_decade: 2, lr: [1.0e-3, 0.03]}
+    short = """range_test: {max_steps: 16, arms_per_decade: 2, lr: [1.0e-3, 0.03]}
 validation: {fraction: 0.3, timesteps_per_image: 4}"""
     found = {}
     for name in ("alone", way):
