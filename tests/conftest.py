@@ -98,12 +98,14 @@ def config(tmp_path: Path, model: Path, pictures: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the program in a process of its own: sdclr("check", path) -> completed process with its output."""
+def sdclr(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs the program in a process of its own: sdclr("check", path) -> completed process with its output. It is a fork of this one, without
+    the seconds of imports; tests/test_cli.py starts it as a user does."""
+    from together import command, launch
 
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sdclr", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, **options)  # type: ignore[call-overload]
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        ended = launch(1, command(*arguments), tmp_path_factory.mktemp("said"))
+        return subprocess.CompletedProcess(arguments, ended.codes[0], ended.out, ended.err)
 
     return run
 

@@ -22,6 +22,17 @@ Program = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
+def sdclr() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The program as a user starts it."""
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sdclr", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
+
+    return run
+
+
+@pytest.fixture
 def bad(tmp_path: Path) -> Path:
     """A config with two problems."""
     path = tmp_path / "bad.yaml"

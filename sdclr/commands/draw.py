@@ -32,11 +32,13 @@ def draw(
     for prompt in prompts:
         if not prompt or not prompt.isprintable():
             raise InputError(f"a prompt must be text, for it becomes a caption; got {printable(prompt) or 'nothing'}")
-    if overlap(config.data.images, output):
-        raise InputError(
-            f"--output {output}: lies in data.images ({config.data.images}) or holds it, and would be trained on as the subject",
-            hint="name a folder beside it",
-        )
+    masks = None if config.mask.of_transparency else config.mask.images
+    for key, folder, taken in (("data.images", config.data.images, "trained on as the subject"), ("mask.images", masks, "taken for masks")):  # fmt: skip
+        if folder and overlap(folder, output):
+            raise InputError(
+                f"--output {output}: lies in {key} ({folder}) or holds it, and would be {taken}",
+                hint="name a folder beside it",
+            )
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: is a file; name a folder")
     with storage_errors(output, again="then run the same command again", place="--output"):

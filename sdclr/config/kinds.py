@@ -105,7 +105,14 @@ def at_home(path: Path) -> Path:
         raise problem(f"names the home of {user!r}, and there is no such user here; write ./{path} for a folder of that name") from None  # fmt: skip
 
 
-Place = Annotated[Path, AfterValidator(at_home)]
+def _named(place: Any) -> Any:
+    """pathlib would take no name for the folder that the program runs in."""
+    if place == "":
+        raise problem("must name a folder; got an empty name")
+    return place
+
+
+Place = Annotated[Path, BeforeValidator(_named), AfterValidator(at_home)]
 
 
 class Section(BaseModel):
@@ -118,7 +125,7 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """pydantic would take `size: true` for 1 and `flip: 1` for true."""
         kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
-        given = value if isinstance(value, list) else [*value.values()] if isinstance(value, dict) else [value]
+        given = value if isinstance(value, list) else [value]
         if bool not in kinds and kinds & {int, float} and any(isinstance(v, bool) for v in given):
             raise problem(f"must be a number; got {value!r}")
         if bool in kinds and isinstance(value, (int, float)) and not isinstance(value, bool):

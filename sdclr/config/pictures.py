@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -33,7 +33,7 @@ class DataSection(Section):
         1, description="random crops encoded for each picture (crop: random)"
     )
     flip: bool = Field(False, description="also train on mirrored pictures")
-    repeats: dict[Folder, Annotated[int, Field(ge=1, le=1000)]] = Field(
+    repeats: dict[Folder, int] = Field(
         {}, description="how often an epoch takes the pictures of a subfolder, such as {portraits: 3}; others once"
     )
     caption: Text | None = Field(None, description="one caption for every picture that has no caption file")
@@ -46,6 +46,16 @@ class DataSection(Section):
     caption_dropout: Probability = Field(
         0.1, description="share of steps' samples whose caption is emptied, so that guidance keeps working"
     )
+
+    @field_validator("repeats", mode="before")
+    @classmethod
+    def _repeats_are_whole_numbers(cls, repeats: Any) -> Any:
+        if not isinstance(repeats, dict):
+            raise problem(f"must be subfolders and numbers, such as {{portraits: 3}}; got {repeats!r}")
+        wrong = {name: n for name, n in repeats.items() if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1000}  # fmt: skip
+        if wrong:
+            raise problem(f"must be whole numbers from 1 to 1000; got {wrong}")
+        return {str(name): times for name, times in repeats.items()}
 
     @field_validator("repeats")
     @classmethod
@@ -80,7 +90,7 @@ class MaskSection(Section):
 
     images: Place | None = Field(
         None,
-        description="folder of masks, as large as the pictures and named as they are, white where a picture counts; alpha: the pictures' own transparency; null: all of every picture counts",
+        description="folder of masks, as large as the pictures and named as they are, white where a picture counts; alpha: the pictures' own transparency (a folder of that name is given with its whole path); null: all of every picture counts",
     )
     outside: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = Field(
         0.0, description="weight of what is masked, beside 1 of what is not"
@@ -91,6 +101,8 @@ class MaskSection(Section):
     def _there_is_an_outside(cls, outside: float, info: ValidationInfo) -> float:
         if outside and info.data.get("images", ...) is None:
             raise problem("has no effect: mask.images is null")
+        if 0 < outside < 1e-3:
+            raise problem(f"must be 0, or 0.001 to 1; got {outside:g}")
         return outside
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Hashable, Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -30,8 +30,8 @@ def in_groups(items: Iterable[Item], alike: Callable[[Item], Hashable], most: in
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample of the stream: its position, the picture's index, the index of its view and of its caption's order, and whether the
-    caption is emptied."""
+    """One sample of the stream: its position, the picture's index, the index of its view, whether its caption is emptied, and a number
+    whose remainder, divided by how many orders its caption has, says which of these it is told."""
 
     position: int
     index: int
@@ -43,7 +43,7 @@ class Sample:
 @dataclasses.dataclass(frozen=True)
 class Batches:
     """The stream, cut into optimizer steps and micro-batches of `size`; `rank` of `processes` takes its equal share of each. `times` is how
-    often an epoch takes each picture (empty: once), `views` and `orders` of how many each sample draws one."""
+    often an epoch takes each picture (empty: once)."""
 
     seed: int
     images: int
@@ -54,11 +54,16 @@ class Batches:
     rank: int = 0
     processes: int = 1
     times: tuple[int, ...] = ()
-    orders: int = 1
 
-    @property
+    @cached_property
     def samples_per_epoch(self) -> int:
+        """Samples in one pass over the images, those that repeat counted as often as they do."""
         return sum(self.times) or self.images
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        """The picture at each place of an epoch that is not shuffled."""
+        return np.repeat(np.arange(self.images), self.times or 1)
 
     @property
     def samples_per_step(self) -> int:
@@ -81,11 +86,9 @@ class Batches:
     def sample(self, position: int) -> Sample:
         """The sample at one position of the stream."""
         epoch, place = divmod(position, self.samples_per_epoch)
-        index = int(_order(self.seed, epoch, self.samples_per_epoch)[place])
-        if self.times:
-            index = int(_places(self.times)[index])
+        index = int(self._places[_order(self.seed, epoch, self.samples_per_epoch)[place]])
         view = derive(self.seed, "view", position) % self.views
-        order = derive(self.seed, "tag order", position) % self.orders
+        order = derive(self.seed, "tag order", position)
         dropped = derive(self.seed, "caption dropout", position) < self.caption_dropout * 2**63
         return Sample(position, index, view, dropped, order)
 
@@ -112,9 +115,3 @@ class Inputs:
 @lru_cache(maxsize=8)
 def _order(seed: int, epoch: int, samples: int) -> np.ndarray:
     return numpy_rng(seed, "order", epoch).permutation(samples)
-
-
-@lru_cache(maxsize=8)
-def _places(times: tuple[int, ...]) -> np.ndarray:
-    """The picture at each place of an epoch that is not shuffled."""
-    return np.repeat(np.arange(len(times)), times)

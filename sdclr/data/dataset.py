@@ -71,46 +71,76 @@ def views(crop: str, crops: int, flip: bool) -> list[View]:
 
 class Seen(NamedTuple):
     """A picture as the VAE sees it, float32 (3, height, width) in −1 … 1, and what SDXL is told of it: height and width before it was
-    resized, top and left of this part in the resized picture, height and width of this part (Podell 2023, arXiv 2307.01952, section 2.2);
-    of one that has a mask also how much each pixel counts, (1, height, width) in 0 … 1."""
+    resized, top and left of this part in the resized picture, height and width of this part (Podell 2023, arXiv 2307.01952, section 2.2)."""
 
     pixels: np.ndarray
     sizes: tuple[int, int, int, int, int, int]
-    mask: np.ndarray | None = None
+
+
+class Cut(NamedTuple):
+    """Which part of a picture a view shows: the size it is resized to, and where in it which shape lies, perhaps mirrored."""
+
+    covering: tuple[int, int]
+    left: int
+    top: int
+    shape: Shape
+    flipped: bool
+
+    def of(self, image: Image.Image, resampling: Image.Resampling) -> np.ndarray:
+        """The part as float32 (height, width) or (height, width, bands), in 0 … 255."""
+        box = (self.left, self.top, self.left + self.shape.width, self.top + self.shape.height)
+        part = image.resize(self.covering, resampling).crop(box)
+        return np.asarray(ImageOps.mirror(part) if self.flipped else part, dtype=np.float32)
+
+
+def cut_for(size: tuple[int, int], key: str, resolution: int, view: View, seed: int = 0, aspect: str = "square") -> Cut:
+    """Resize until the shape is covered, and cut to it. Random parts derive from (seed, key, view), so they are the same in every run."""
+    shape = shape_for(*size, resolution, aspect)
+    scale = shape.scale(*size)
+    width, height = (max(wanted, round(side * scale)) for wanted, side in zip(shape, size, strict=True))
+    at = np.array([0.5, 0.5]) if view.crop == 0 else numpy_rng(seed, "crop", key, view.crop).random(2)
+    left, top = (int(v) for v in np.round((np.array([width, height]) - shape) * at))
+    return Cut((width, height), left, top, shape, view.flipped)
+
+
+def cut_key(pair: Pair, view: View, resolution: int, seed: int, aspect: str) -> tuple[int | str, ...]:
+    """What the part of a picture that a view shows depends on, beside the picture itself: a key's part."""
+    shape = (resolution, aspect) if aspect != "square" else (resolution,)
+    return (*shape, view.name, seed, pair.key) if view.crop else (*shape, view.name)
 
 
 def look(pair: Pair, resolution: int, view: View, seed: int = 0, aspect: str = "square") -> Seen:
     """The picture, resized until it covers its shape, and cut to it.
 
-    EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8, everything converted to RGB. Random parts derive from
-    (seed, key, view), so they are the same in every run. Raises OSError and Pillow's errors for files that cannot be decoded.
+    EXIF orientation is applied, transparency laid on white, 16 bits scaled to 8, everything converted to RGB. Raises OSError and Pillow's
+    errors for files that cannot be decoded.
     """
     image = upright(pair.path)
-    width, height = image.size
-    shape = shape_for(width, height, resolution, aspect)
-    scale = shape.scale(width, height)
-    covering = [max(wanted, round(side * scale)) for wanted, side in zip(shape, image.size, strict=True)]
-    spare = np.array(covering) - shape
-    at = np.array([0.5, 0.5]) if view.crop == 0 else numpy_rng(seed, "crop", pair.key, view.crop).random(2)
-    left, top = (int(v) for v in np.round(spare * at))
-
-    def part(whole: Image.Image, resampling: Image.Resampling) -> np.ndarray:
-        cut = whole.resize(covering, resampling).crop((left, top, left + shape.width, top + shape.height))
-        return np.asarray(ImageOps.mirror(cut) if view.flipped else cut, dtype=np.float32)
-
-    pixels = np.ascontiguousarray(part(image, Image.Resampling.LANCZOS).transpose(2, 0, 1)) / 127.5 - 1
-    mask = part(mask_of(pair), Image.Resampling.BILINEAR)[None] / 255 if pair.mask else None
-    left_as_seen = int(spare[0]) - left if view.flipped else left
-    return Seen(pixels, (height, width, top, left_as_seen, shape.height, shape.width), mask)
+    cut = cut_for(image.size, pair.key, resolution, view, seed, aspect)
+    pixels = np.ascontiguousarray(cut.of(image, Image.Resampling.LANCZOS).transpose(2, 0, 1)) / 127.5 - 1
+    left = cut.covering[0] - cut.shape.width - cut.left if cut.flipped else cut.left
+    return Seen(pixels, (image.height, image.width, cut.top, left, cut.shape.height, cut.shape.width))
 
 
-def mask_of(pair: Pair) -> Image.Image:
-    """A picture's mask, upright, from 0 (masked) to 255 (counts). Raises OSError and Pillow's errors where it cannot be decoded."""
+def look_at_mask(
+    pair: Pair, size: tuple[int, int], resolution: int, view: View, seed: int = 0, aspect: str = "square"
+) -> np.ndarray:
+    """How much each pixel counts of what `look` sees of a picture of this width and height, float32 (height, width) in 0 … 1: by the brightness
+    of its mask or, if it is its own, by its transparency. Raises OSError, ValueError and Pillow's errors for files that cannot be decoded
+    or can be no mask."""
     assert pair.mask is not None
-    if pair.mask != pair.path:
-        return upright(pair.mask).convert("L")
-    with Image.open(pair.path) as opened:
-        return ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+    if pair.mask == pair.path:
+        with Image.open(pair.path) as opened:
+            mask = ImageOps.exif_transpose(opened).convert("RGBA").getchannel("A")
+    else:
+        mask = upright(pair.mask).convert("L")
+    brightest = int(np.asarray(mask).max())
+    if brightest < 128:
+        raise ValueError(f"its brightest pixel is {brightest} of 255, and white (opaque) is what counts")
+    if mask.size != size:  # of some files the header does not say which way up they are
+        raise ValueError(f"it is {mask.width}×{mask.height} pixels, and its picture {size[0]}×{size[1]}")
+    # Lanczos would ring at a mask's edges.
+    return cut_for(mask.size, pair.key, resolution, view, seed, aspect).of(mask, Image.Resampling.BILINEAR) / 255
 
 
 def upright(path: Path) -> Image.Image:

@@ -31,7 +31,8 @@ MAX_FILES, MAX_DEPTH, MAX_CAPTION_BYTES = 100_000, 50, 100_000
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One picture and its caption; `key` is the path relative to the folder, with forward slashes. `by_name`: the caption is the file's name.
+    """One picture and its caption; `key` is the path relative to the folder, with forward slashes, its accents as they are typed (on disk
+    one may be a character of its own). `by_name`: the caption is the file's name.
     `size` is its width and height as its header has them, in the orientation that it is looked at. `mask` is the file that says which parts
     of it count: by its brightness or, if it is the picture itself, by its transparency."""
 
@@ -62,7 +63,7 @@ def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
             [f"{folder}: there is no such image folder"], hint="set data.images to the folder that holds your pictures"
         )
     found: list[str] = []
-    images, captions = _files(folder, found)
+    images, captions = files_in(folder, found)
     pairs = []
     for stem, paths in sorted(images.items()):
         if len(paths) > 1:
@@ -72,7 +73,7 @@ def find(folder: Path, default_caption: str | None = None) -> list[Pair]:
             )
             continue
         key = _key(folder, paths[0])
-        size, problem = _header(paths[0], key)
+        size, problem = header(paths[0], key)
         if problem:
             found.append(f"{_shown(folder, paths[0])}: {problem}")
         caption = _caption(folder, paths[0], captions.get(stem, []), default_caption, found)
@@ -92,7 +93,7 @@ def split(pairs: Sequence[Pair], fraction: float, seed: int, fold: int = 0) -> S
     out changes or a new one ranks below it. `fold` 1, 2, ... take the next lowest instead (rotating folds).
     """
     count = round(fraction * len(pairs))
-    ranked = sorted(pairs, key=lambda pair: (derive(seed, "split", unicodedata.normalize("NFC", pair.key)), pair.key))
+    ranked = sorted(pairs, key=lambda pair: (derive(seed, "split", pair.key), pair.key))
     shift = (fold * count) % max(1, len(pairs))
     ranked = ranked[shift:] + ranked[:shift]
     held = {pair.key for pair in ranked[:count]}
@@ -108,14 +109,13 @@ def times(pairs: Sequence[Pair], repeats: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def folders_of(pair: Pair) -> list[str]:
-    """The subfolders that a picture lies in, the deepest first, as they are typed (on disk an accent may be a character of its own)."""
-    return [
-        unicodedata.normalize("NFC", folder.as_posix()) for folder in PurePosixPath(pair.key).parents if folder.name
-    ]
+    """The subfolders that a picture lies in, the deepest first."""
+    return [folder.as_posix() for folder in PurePosixPath(pair.key).parents if folder.name]
 
 
-def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
-    """Pictures and caption files by the path without its suffix; hidden files and folders are left alone."""
+def files_in(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:
+    """Pictures and caption files by their path in the folder without its suffix; hidden files and folders are left alone, and what else cannot
+    be taken is added to `found`."""
     known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images: dict[str, list[Path]] = defaultdict(list)
     captions: dict[str, list[Path]] = defaultdict(list)
@@ -133,7 +133,7 @@ def _files(folder: Path, found: list[str]) -> tuple[dict[str, list[Path]], dict[
         if problem:
             found.append(f"{_shown(folder, path)}: {problem}")
             continue
-        kind[unicodedata.normalize("NFC", str(path.with_suffix("")))].append(path)
+        kind[_key(folder, path.with_suffix(""))].append(path)
     return images, captions
 
 
@@ -168,7 +168,7 @@ def _not_our_file(path: Path, root: Path) -> str | None:
     return None if path.is_file() else "is not a file"
 
 
-def _header(path: Path, key: str) -> tuple[tuple[int, int], str | None]:
+def header(path: Path, key: str) -> tuple[tuple[int, int], str | None]:
     """Width and height of a picture, and what the header already shows to be wrong with it."""
     nothing = (0, 0)
     if any("\ud800" <= c <= "\udfff" for c in key):
@@ -260,7 +260,7 @@ def _reason(error: Exception) -> str:
 
 
 def _key(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
+    return unicodedata.normalize("NFC", path.relative_to(folder).as_posix())
 
 
 def _shown(folder: Path, path: Path) -> str:

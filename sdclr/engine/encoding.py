@@ -15,8 +15,9 @@ from sdclr.config.schema import RunConfig
 from sdclr.data.batches import in_groups
 from sdclr.data.cache import Entry, TensorCache, content_hash, key_of, weights_hash
 from sdclr.data.captions import tag_orders
-from sdclr.data.dataset import Seen, View, look
+from sdclr.data.dataset import Seen, View, cut_key, look
 from sdclr.data.pairs import Pair, printable
+from sdclr.engine.masking import masks_of
 from sdclr.errors import DataError, first_line
 from sdclr.model import components, encoders
 from sdclr.report import console
@@ -30,16 +31,16 @@ PACK = 64
 @dataclasses.dataclass
 class Encoded:
     """Latents' mean and spread, (views, 4, h, w) for each picture, the pictures' sizes (images, views, 6), and of captions what
-    `encoders.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (images × orders, tokens): each picture's
-    caption in as many orders of its tags, one after another. `masks` are how much each cell of the latents counts, (views, 1, h, w) for
-    each picture in 0 … 1, if any is to count less than another."""
+    `encoders.encode_tokens` makes of them or, where the text encoder is trained, `input_ids` (captions, tokens); `said` is in which rows
+    of these each picture's caption is, in the orders that its tags may have. `masks` are how much each cell of the latents counts,
+    (views, 1, h, w) for each picture in 0 … 1, where pictures are masked."""
 
     pairs: tuple[Pair, ...]
     mean: tuple[torch.Tensor, ...]
     std: tuple[torch.Tensor, ...]
     sizes: torch.Tensor
     captions: dict[str, torch.Tensor]
-    orders: int = 1
+    said: tuple[range, ...]
     masks: tuple[torch.Tensor, ...] = ()
 
 
@@ -56,31 +57,6 @@ def pictures_together(resolution: int) -> int:
     return max(1, min(8, 8 * 64**2 // resolution**2))
 
 
-def _mask_key(pair: Pair) -> tuple[str, ...]:
-    """What of a picture's key its mask adds."""
-    if pair.mask is None:
-        return ()
-    return ("alpha",) if pair.mask == pair.path else ("mask", content_hash(pair.mask))
-
-
-def _mask_on_latents(picture: Seen, size: tuple[int, int]) -> Entry:
-    """How much each cell of a picture's latents counts: as much as its pixels in the mean."""
-    if picture.mask is None:
-        return {}
-    return {"mask": torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(picture.mask), size)}
-
-
-def refuse_blank(pairs: Sequence[Pair], masks: Sequence[torch.Tensor]) -> None:
-    """Raise DataError naming every picture that has a view of which nothing counts: there is nothing to learn from it, or to measure."""
-    blank = [pair for pair, views in zip(pairs, masks, strict=True) if (views.sum(dim=(1, 2, 3)) == 0).any()]
-    if blank:
-        raise DataError(
-            [f"{printable(pair.path)}: its mask leaves nothing of it that counts" for pair in blank],
-            hint="mend these masks, take the pictures away, or set mask.outside above 0"
-            " (with data.crop: random a part may be cut that is masked altogether)",
-        )
-
-
 class Encoder:
     """Run the frozen encoders once for each picture, view and caption."""
 
@@ -93,26 +69,23 @@ class Encoder:
         self.text_key = [weights_hash(e.named_parameters()) + _settings(e) for e in parts.text_encoders]
 
     def encode(self, pairs: tuple[Pair, ...], views: list[View], orders: int = 1) -> Encoded:
-        """All views of all pairs, and their captions in some orders. Raises DataError naming every picture that cannot be decoded, or of
-        which nothing counts."""
+        """All views of all pairs, and their captions in up to so many orders. Raises DataError naming every picture that cannot be decoded, or
+        of which nothing counts."""
         seen = self._pictures(pairs, views)
         of_pictures = [seen[first : first + len(views)] for first in range(0, len(seen), len(views))]
 
         def all_views(name: str) -> tuple[torch.Tensor, ...]:
             return tuple(torch.stack([entry[name] for entry in entries]) for entries in of_pictures)
 
-        keep, seed = self.config.data.keep_tags, self.config.run.seed
-        captions = self._captions([said for pair in pairs for said in tag_orders(pair, orders, keep, seed)])
+        data, seed = self.config.data, self.config.run.seed
+        captions, said = list[str](), list[range]()
+        for pair in pairs:
+            first = len(captions)
+            captions += tag_orders(pair, orders, data.keep_tags, seed)
+            said.append(range(first, len(captions)))
         mean, std, sizes = all_views("mean"), all_views("std"), torch.stack(all_views("sizes"))
-        if not self.config.mask.images:
-            return Encoded(pairs, mean, std, sizes, captions, orders)
-        masks = [
-            torch.stack([entry.get("mask", torch.ones_like(entry["mean"][:1])) for entry in entries])
-            for entries in of_pictures
-        ]
-        if not self.config.mask.outside:
-            refuse_blank(pairs, masks)
-        return Encoded(pairs, mean, std, sizes, captions, orders, tuple(masks))
+        masks = masks_of(pairs, views, mean, sizes, self.config, self.cache) if self.config.mask.images else ()
+        return Encoded(pairs, mean, std, sizes, self._captions(captions), tuple(said), masks)
 
     @functools.cached_property
     def no_caption(self) -> dict[str, torch.Tensor]:
@@ -123,15 +96,18 @@ class Encoder:
         return empty
 
     def _pictures(self, pairs: tuple[Pair, ...], views: list[View]) -> list[Entry]:
-        c = self.config
-        keys: dict[str, tuple[Pair, View]] = {}
+        data, keys = self.config.data, dict[str, tuple[Pair, View]]()
         order = []
         for pair in pairs:
-            content, masked = content_hash(pair.path), _mask_key(pair)
+            content = content_hash(pair.path)
             for view in views:
-                place = (c.run.seed, pair.key) if view.crop else ()
-                shape = (c.data.resolution, c.data.aspect) if c.data.aspect != "square" else (c.data.resolution,)
-                key = key_of("picture", content, *shape, view.name, *place, *masked, *self.vae_key, self.together)
+                key = key_of(
+                    "picture",
+                    content,
+                    *cut_key(pair, view, data.resolution, self.config.run.seed, data.aspect),
+                    *self.vae_key,
+                    self.together,
+                )
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)
@@ -178,7 +154,6 @@ class Encoder:
         mean, std = encoders.encode_pixels(self.parts.vae, pixels.to(self.device))
         return [
             {"mean": mean[row].cpu().clone(), "std": std[row].cpu().clone(), "sizes": torch.tensor(picture.sizes)}
-            | _mask_on_latents(picture, (mean.shape[-2], mean.shape[-1]))
             for row, picture in enumerate(pictures)
         ]
 

@@ -19,27 +19,31 @@ from sdclr.errors import InputError
 
 
 def fingerprint(config: RunConfig, inputs: Inputs) -> dict[str, Any]:
-    """What a range test's answer depends on; a later run must agree in all of it to use the answer."""
-    split = inputs.split
+    """What a range test's answer depends on; a later run must agree in all of it to use the answer.
+
+    What is off and younger than the first answers has no key, so that what was measured before is still known by its fingerprint.
+    """
+    split, data = inputs.split, config.data
+    every = (*split.train, *split.validation)
+    younger = {
+        "mask": {"images": _masks(every), "outside": config.mask.outside} if config.mask.images else None,
+        "repeats": ", ".join(f"{name}: {times}" for name, times in sorted(data.repeats.items())),
+        "tag_orders": data.tag_orders if data.tag_orders > 1 else None,
+        "keep_tags": data.keep_tags,
+    }
     return {
         **base_fingerprint(config.model),
         "train": list(config.model.train),
         "precision": config.model.precision,
         "lora": config.lora.model_dump(mode="json") if config.lora.rank else None,
-        "images": _pictures((*split.train, *split.validation)),
+        "images": _pictures(every),
         "prior": {"images": _pictures(inputs.prior), "weight": config.prior.weight} if inputs.prior else None,
-        "data": {k: getattr(config.data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
-        "aspect": config.data.aspect if config.data.aspect != "square" else None,
-        "repeats": dict(sorted(config.data.repeats.items())) or None,
-        "tags": {"orders": config.data.tag_orders, "keep": config.data.keep_tags}
-        if config.data.tag_orders > 1
-        else None,
-        "mask": {"images": _masks((*split.train, *split.validation)), "outside": config.mask.outside}
-        if config.mask.images
-        else None,
+        "data": {k: getattr(data, k) for k in ("resolution", "crop", "crops", "flip", "caption_dropout")},
+        "aspect": data.aspect if data.aspect != "square" else None,
         "optimizer": config.optimizer.model_dump(mode="json", exclude={"fused_backward"}),
         "loss": config.loss.model_dump(mode="json"),
         "batch": inputs.batches.samples_per_step,
+        **{key: value for key, value in younger.items() if value},
     }
 
 
@@ -191,8 +195,8 @@ def put_aside(range_test: Path, asked: dict[str, Any]) -> Path | None:
 
 
 def differing(theirs: dict[str, Any], ours: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """What two fingerprints do not agree in, with both values; one that is older than a key counts as having it off."""
-    return changed({key: theirs.get(key) for key in ours}, ours)
+    """What two fingerprints do not agree in, with both values; one without a key, perhaps older than that, counts as having it off."""
+    return changed(theirs, ours)
 
 
 def in_words(key: str, theirs: Any, ours: Any) -> str:
@@ -204,7 +208,8 @@ def in_words(key: str, theirs: Any, ours: Any) -> str:
         "model": "the model's weights",
         "model_settings": "the model's configs",
     }
-    what = {"prior": "prior pictures", "mask": "masks", "repeats": "repeats", "tags": "orders of tags"}.get(key)
-    if what:
-        return f"{what} ({'none' if theirs is None else 'some'} there, {'none' if ours is None else 'some'} here)"
-    return hashes.get(key) or f"{key} ({theirs} there, {ours} here)"
+    both = [theirs, ours]
+    if key in ("prior", "mask"):
+        key, both = {"prior": "prior pictures", "mask": "masks"}[key], [value and "some" for value in both]
+    there, here = ("none" if value is None else value for value in both)
+    return hashes.get(key) or f"{key} ({there} there, {here} here)"

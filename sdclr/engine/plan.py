@@ -7,6 +7,7 @@ what is done.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def read_inputs(
     """Find and split the images, for training or, `measuring`, for a range test. Raises DataError or ConfigError with every problem,
     before torch is imported."""
     config = loaded.config
-    problems = _overlaps(loaded)
-    found = find_subject(config) if not problems else pairs.find(config.data.images, config.data.caption)
+    if problems := _overlaps(loaded):
+        raise ConfigError(problems)
+    found = find_subject(config)
     key = "range_test.fraction" if measuring else "validation.fraction"
     fraction = held_out_share(config, len(found)) if measuring else config.validation.fraction
     split = pairs.split(found, fraction, config.run.seed, fold)
@@ -105,7 +107,7 @@ def read_inputs(
     batches = Batches(
         seed=config.run.seed, images=len(split.train), views=len(views(config.data.crop, config.data.crops, config.data.flip)),
         size=size, accumulate=config.batch.accumulate, caption_dropout=config.data.caption_dropout,
-        rank=rank, processes=processes, orders=config.data.tag_orders,
+        rank=rank, processes=processes,
         times=pairs.times(split.train, config.data.repeats) if config.data.repeats else (),
     )  # fmt: skip
     return Inputs(split, batches, prior)
@@ -129,12 +131,13 @@ def find_prior(config: RunConfig) -> tuple[Pair, ...]:
 
 
 def _overlaps(loaded: LoadedConfig) -> list[str]:
-    """Folders of other pictures that hold the subject's, or lie in its folder: all pictures in the outer one would be taken."""
+    """Folders that lie in one another: all pictures in the outer one would be taken."""
     config = loaded.config
-    others = {"prior.images": config.prior.images, "mask.images": None if config.mask.of_transparency else config.mask.images}  # fmt: skip
+    masks = None if config.mask.of_transparency else config.mask.images
+    folders = {"data.images": config.data.images, "prior.images": config.prior.images, "mask.images": masks}
     return [
-        loaded.problem(key, f"and data.images ({config.data.images}) lie in one another, and all pictures in the outer one are taken: give them folders side by side")
-        for key, folder in others.items() if folder and overlap(config.data.images, folder)
+        loaded.problem(key, f"and {other} ({there}) lie in one another, and all pictures in the outer one are taken: give them folders side by side")
+        for (other, there), (key, here) in itertools.combinations(folders.items(), 2) if there and here and overlap(there, here)
     ]  # fmt: skip
 
 
@@ -144,8 +147,8 @@ def _idle(loaded: LoadedConfig, found: Sequence[Pair]) -> list[str]:
     folders = {folder for pair in found for folder in pairs.folders_of(pair)}
     unknown = [name for name in data.repeats if name not in folders]
     if unknown:
-        there = f"those that do: {', '.join(sorted(folders)[:10])}" if folders else "no subfolder holds any"
-        problems.append(loaded.problem("data.repeats", f"names {', '.join(unknown)}, and no picture of {data.images} lies in such a subfolder ({there})"))  # fmt: skip
+        there = f"those that do: {printable(', '.join(sorted(folders)[:10]))}" if folders else "no subfolder holds any"
+        problems.append(loaded.problem("data.repeats", f"names {printable(', '.join(unknown))}, and no picture of {data.images} lies in such a subfolder ({there})"))  # fmt: skip
     if data.tag_orders > 1 and not any(len(tags_of(pair.caption)) > data.keep_tags + 1 for pair in found):
         beyond = f" beyond the {data.keep_tags} that are kept in place" if data.keep_tags else ""
         problems.append(loaded.problem("data.tag_orders", f"has nothing to order: no caption has two tags{beyond}"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sdclr.config.schema import RunConfig
 from sdclr.config.source import LoadedConfig
 from sdclr.data.batches import Inputs
 from sdclr.engine.checkpoint import FULL, TROUGH, Checkpoint, available, newest_sound, those_in, verify
-from sdclr.engine.fingerprint import changed, fingerprint
+from sdclr.engine.fingerprint import fingerprint
 from sdclr.engine.folder import RunFolder
 from sdclr.engine.plan import NoRangeTest, Plan, make_plan
 from sdclr.errors import CheckpointError, InputError
@@ -127,7 +127,7 @@ def refuse_other_mathematics(
     same_rates = _rates_as_used(folder, start.step, plan)
     clashes: list[str] = []
     back: list[str] = []
-    for key, old, new in changed(before, config.model_dump(mode="json")):
+    for key, old, new in _changed_keys(before, config.model_dump(mode="json")):
         if key.startswith(FREE_TO_CHANGE) or (key.startswith(("schedule.", "train.steps")) and same_rates):
             continue
         if key.startswith(accepted) and not key.startswith(NEVER):
@@ -140,6 +140,15 @@ def refuse_other_mathematics(
         raise CheckpointError("\n".join(clashes), hint=hint)
     if not same_rates and start.step < plan.steps:
         console.warn(f"the rates of this plan are not those of the first {start.step} steps; from step {start.step + 1} on it goes at {plan.schedule(start.step):.3g}")  # fmt: skip
+
+
+def _changed_keys(before: dict[str, Any], after: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Every `section.key` whose value differs between two dumped configs, with both values."""
+    for section, keys in after.items():
+        for key, new in keys.items():
+            old = before[section].get(key)
+            if old != new:
+                yield f"{section}.{key}", old, new
 
 
 def _typed(value: Any) -> str:

@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
     timesteps: torch.Tensor
     told: dict[str, torch.Tensor]
     share: torch.Tensor
-    weights: tuple[torch.Tensor, ...] = ()
+    weights: tuple[torch.Tensor, ...] = ()  # not None, which a tree of tensors would take for one
 
 
 class Stream(NamedTuple):
@@ -274,8 +274,9 @@ class Run:
             shift = torch.stack([torch.randn((shape[0], 1, 1), generator=g) for g in generators])
             noise = offset_noise(noise, shift, config.loss.noise_offset)
         mean, std = (torch.stack([of[s.index][s.view] for s in samples]) for of in (encoded.mean, encoded.std))
-        dropped, order = torch.tensor([s.drop_caption for s in samples]), torch.tensor([s.order for s in samples])
-        told = self._told(encoded, index, view, dropped, order)
+        dropped = torch.tensor([s.drop_caption for s in samples])
+        said = torch.tensor([(rows := encoded.said[s.index])[s.order % len(rows)] for s in samples])
+        told = self._told(encoded, index, view, dropped, said)
         weights = self._weights(encoded, [(s.index, s.view) for s in samples])
         return tree_map(self._sent, Prepared(mean + std * spread, noise, timesteps, told, torch.tensor(share), weights))
 
@@ -306,8 +307,8 @@ class Run:
 
         def losses_of(images: list[int], timesteps: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
             index = torch.tensor(images)
-            first = torch.zeros_like(index)  # view, and order of the caption's tags: as written
-            told = self._told(encoded, index, first, torch.zeros_like(index, dtype=torch.bool), first)
+            said = torch.tensor([encoded.said[image][0] for image in images])  # as it is written
+            told = self._told(encoded, index, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool), said)
             latents = torch.stack([encoded.mean[image][0] for image in images])
             weights = self._weights(encoded, [(image, 0) for image in images])
             batch = tree_map(self._sent, Prepared(latents, noise, timesteps, told, torch.ones(()), weights))
@@ -336,13 +337,12 @@ class Run:
         return (outside + (1 - outside) * torch.stack([encoded.masks[index][view] for index, view in seen]),)
 
     def _told(
-        self, encoded: Encoded, index: torch.Tensor, view: torch.Tensor, dropped: torch.Tensor, order: torch.Tensor
+        self, encoded: Encoded, index: torch.Tensor, view: torch.Tensor, dropped: torch.Tensor, said: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """What the UNet is told of some pictures, or the token ids for a text encoder that is trained."""
+        """What the UNet is told of some pictures whose captions are in the rows `said`, or the token ids for a text encoder that is trained."""
 
         def unless_dropped(known: torch.Tensor, nothing: torch.Tensor) -> torch.Tensor:
-            said = known[index * encoded.orders + order]
-            return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, said)
+            return torch.where(dropped.view(-1, *[1] * (known.ndim - 1)), nothing, known[said])
 
         told = {name: unless_dropped(known, self.no_caption[name]) for name, known in encoded.captions.items()}
         return told | {"time_ids": encoded.sizes[index, view]} if self.parts.is_xl else told

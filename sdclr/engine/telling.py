@@ -99,7 +99,8 @@ def _repeats(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
     numbered = sorted(name for name in folders if re.match(r"\d+_", name))
     if not numbered:
         return []
-    example = f"{{{numbered[0]}: {numbered[0].partition('_')[0]}}}"
+    number = min(1000, max(1, int(numbered[0].partition("_")[0])))
+    example = f"{{{numbered[0]}: {number}}}"
     return [("repeats", f"none: numbers in names of folders ({', '.join(numbered[:3])}) are not read; data.repeats: {example} is how to say it")]  # fmt: skip
 
 

@@ -323,7 +323,7 @@ def average_jobs(study: Study) -> list[Job]:
 
 
 def average_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
-    """Runs of equal exposure, each measured with its last weights and with averages of its weights; kept on disk when all are whole."""
+    """Runs of equal exposure, each measured with its last weights and with averages of its weights; kept on disk when all have ended."""
     loaded = source.load(DEMO, study.settings(seed))
     bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"averages-{seed}-{fold}")
     found = schedules(study.best_exposure, study.ceiling / 2, (4,))
@@ -332,7 +332,7 @@ def average_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
     def make() -> Iterator[dict[str, Any]]:
         untouched = losses_of(bench, bench.base())
         for name, schedule in shapes.items():
-            for average, end in averaged(bench, schedule, study.scale.decays).items():
+            for average, end in averaged(bench, schedule, study.scale.decays):
                 yield {
                     "seed": seed, "fold": fold, "factor": 1.0, "schedule": f"{name}{average}", "peak": schedule.max_lr, "steps": schedule.steps,
                     "exposure": float(schedule.rates().sum()), "base": untouched, "end": end,
@@ -341,7 +341,7 @@ def average_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
     return kept(bench, repr((shapes, study.scale.decays)), make)
 
 
-def averaged(bench: Any, schedule: Schedule, decays: Sequence[float]) -> dict[str, dict[str, float]]:
+def averaged(bench: Any, schedule: Schedule, decays: Sequence[float]) -> Iterator[tuple[str, dict[str, float] | None]]:
     """A run's losses with its last weights, with diffusers' exponential averages over the steps (whose decay begins at 2/11 and rises as
     (1 + n)/(10 + n) up to the one given, as train_text_to_image.py has it), and with the mean of its troughs."""
     import torch
@@ -351,20 +351,22 @@ def averaged(bench: Any, schedule: Schedule, decays: Sequence[float]) -> dict[st
     state, parameters = run.fresh_state(), list(run.modules["unet"].parameters())
     averages = {f", EMA {decay:g}": EMAModel(parameters, decay=decay) for decay in decays}
     troughs: list[list[torch.Tensor]] = []
-    for result in run.steps(state, schedule, schedule.steps):
-        for average in averages.values():
-            average.step(parameters)
-        if result.step in schedule.troughs():
-            troughs.append([parameter.detach().clone() for parameter in parameters])
-    found = {"": losses_of(bench, run.losses(bench.held_out, bench.draws))}
-    weights = {name: average.shadow_params for name, average in averages.items()}
-    if len(troughs) > 1:
+    whole = True
+    try:
+        for result in run.steps(state, schedule, schedule.steps):
+            for average in averages.values():
+                average.step(parameters)
+            if result.step in schedule.troughs():
+                troughs.append([parameter.detach().clone() for parameter in parameters])
+    except DivergenceError:
+        whole = False
+    weights = {"": parameters} | {name: average.shadow_params for name, average in averages.items()}
+    if len(schedule.troughs()) > 1:
         weights[", mean of the troughs"] = [torch.stack(each).mean(dim=0) for each in zip(*troughs, strict=True)]
-    for name, average in weights.items():
-        for parameter, value in zip(parameters, average, strict=True):
+    for name, values in weights.items():
+        for parameter, value in zip(parameters, values, strict=True):
             parameter.data.copy_(value)
-        found[name] = losses_of(bench, run.losses(bench.held_out, bench.draws))
-    return found
+        yield name, losses_of(bench, run.losses(bench.held_out, bench.draws)) if whole else None
 
 
 # Replays --------------------------------------------------------------------------------------------------------------------

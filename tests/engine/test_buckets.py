@@ -150,7 +150,7 @@ def test_a_range_test_measures_them_and_its_answer_is_not_that_of_squares(write)
     result = json.loads((path.parent / "runs" / "tiny" / "range-test" / "result.json").read_text())
     assert result["fingerprint"]["aspect"] == "buckets"
     assert result["arms"]
-    with pytest.raises(InputError, match=r"aspect \(buckets there, None here\)"):
+    with pytest.raises(InputError, match=r"aspect \(buckets there, none here\)"):
         train(path, ["data.aspect=square", "schedule.max_lr=auto"])
 
 
@@ -173,7 +173,9 @@ def test_a_run_that_is_older_than_a_key_is_resumed_as_what_the_key_stands_for(wr
 
     def older(checkpoint: Checkpoint) -> dict:
         info = told(checkpoint)
-        del info["config"]["data"]["aspect"], info["config"]["sample"]["size"], info["config"]["lora"]
+        for section, key in (("data", "aspect"), ("data", "repeats"), ("data", "tag_orders"), ("data", "keep_tags"), ("sample", "size")):  # fmt: skip
+            del info["config"][section][key]
+        del info["config"]["lora"], info["config"]["mask"]
         return info
 
     monkeypatch.setattr(Checkpoint, "info", older)

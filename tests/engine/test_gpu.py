@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from PIL import Image
 
 from sdclr.config import source
 from sdclr.engine.graph import Graph
@@ -82,6 +83,16 @@ def test_a_recorded_step_trains_as_one_whose_kernels_are_started_one_by_one(conf
     assert recorded.add_gradients.graph is not None
     print(settings, "the same bits:", all(map(torch.equal, ours, theirs)), apart(ours, theirs, base))
     assert apart(ours, theirs, base) < 1e-3
+
+
+def test_a_recorded_step_weighs_what_masks_say(config, pictures, tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number, path in enumerate(sorted(pictures.glob("*.png"))):
+        mask = Image.new("L", Image.open(path).size)
+        mask.paste(255, (0, 0, 4 * (number % 8 + 1), mask.height))
+        mask.save(tmp_path / "masks" / path.name)
+    settings = (f"mask.images={tmp_path / 'masks'}", "mask.outside=0.1")
+    test_a_recorded_step_trains_as_one_whose_kernels_are_started_one_by_one(config, settings)
 
 
 def test_sdxls_step_is_recorded_and_serves_another_split(tmp_path, xl, pictures):
