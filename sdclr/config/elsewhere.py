@@ -12,7 +12,7 @@ KEYS = {
     "train_data_dir": "data.images", "instance_data_dir": "data.images", "data_root": "data.images", "dataset_name": "data.images", "instance_prompt": "data.caption",
     "enable_bucket": "data.aspect: buckets", "aspect_ratio_bucketing": "data.aspect: buckets", "center_crop": "data.crop: center", "random_crop": "data.crop: random",
     "random_flip": "data.flip", "flip_aug": "data.flip", "flip_p": "data.flip", "caption_dropout_rate": "data.caption_dropout", "cond_dropout": "data.caption_dropout",
-    "num_repeats": "data.repeats", "repeats": "data.repeats", "multiply": "data.repeats", "shuffle_caption": "data.tag_orders", "shuffle_tags": "data.tag_orders",
+    "num_repeats": "data.repeats", "repeats": "data.repeats", "multiply": "data.repeats", "shuffle_caption": "data.tag_orders", "shuffle_tags": "data.tag_orders", "enable_tag_shuffling": "data.tag_orders",
     "keep_tokens": "data.keep_tags", "keep_tags_count": "data.keep_tags", "masked_loss": "mask.images", "masked_training": "mask.images",
     "alpha_mask": "mask.images: alpha", "conditioning_data_dir": "mask.images", "mask_path": "mask.images", "unmasked_weight": "mask.outside",
     "class_data_dir": "prior.images", "reg_data_dir": "prior.images", "with_prior_preservation": "prior.images", "prior_loss_weight": "prior.weight",

@@ -96,18 +96,13 @@ class Encoder:
         return empty
 
     def _pictures(self, pairs: tuple[Pair, ...], views: list[View]) -> list[Entry]:
-        data, keys = self.config.data, dict[str, tuple[Pair, View]]()
-        order = []
+        data, seed = self.config.data, self.config.run.seed
+        keys, order = dict[str, tuple[Pair, View]](), []
         for pair in pairs:
             content = content_hash(pair.path)
             for view in views:
-                key = key_of(
-                    "picture",
-                    content,
-                    *cut_key(pair, view, data.resolution, self.config.run.seed, data.aspect),
-                    *self.vae_key,
-                    self.together,
-                )
+                cut = cut_key(pair, view, data.resolution, seed, data.aspect)
+                key = key_of("picture", content, *cut, *self.vae_key, self.together)
                 keys[key] = (pair, view)
                 order.append(key)
         entries = self.cache.get(keys)

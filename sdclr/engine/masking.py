@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
@@ -15,8 +16,14 @@ from sdclr.data.pairs import Pair, printable
 from sdclr.errors import DataError, first_line
 from sdclr.report import console
 
-Place = tuple[int, int]
-"""A picture, and one of its views."""
+
+class Part(NamedTuple):
+    """A view of a picture, the picture's width and height in pixels, and the view's height and width in cells of the latents."""
+
+    pair: Pair
+    view: View
+    size: tuple[int, int]
+    cells: tuple[int, int]
 
 
 def masks_of(
@@ -30,50 +37,46 @@ def masks_of(
     """Of each picture (views, 1, h, w) in 0 … 1, beside its latents (views, 4, h, w): a cell counts as much as its pixels do in the mean, all of
     a picture without a mask. `sizes` are (images, views, 6), the pictures' height and width first. Raises DataError naming every mask
     that cannot be read, and every picture of which nothing counts."""
-    masks = [torch.ones_like(each[:, :1]) for each in latents]
-    places: dict[str, list[Place]] = {}
-    data, seed = config.data, config.run.seed
-    for index, pair in enumerate(pairs):
-        if pair.mask:
-            kind, content = "alpha" if pair.mask == pair.path else "mask", content_hash(pair.mask)
-            for number, view in enumerate(views):
-                cut = cut_key(pair, view, data.resolution, seed, data.aspect)
-                key = key_of(kind, content, *cut, *latents[index].shape[2:])
-                places.setdefault(key, []).append((index, number))
-    entries = cache.get(places)
-    missing = {key: at[0] for key, at in places.items() if key not in entries}
+    wanted, keys = dict[str, Part](), list[list[str]]()
+    for pair, own, each in zip(pairs, latents, sizes, strict=True):
+        height, width = map(int, each[0, :2])
+        parts = [Part(pair, view, (width, height), (own.shape[2], own.shape[3])) for view in views if pair.mask]
+        keys.append([_key(part, config) for part in parts])
+        wanted |= zip(keys[-1], parts, strict=True)
+    entries = cache.get(wanted)
+    missing = {key: part for key, part in wanted.items() if key not in entries}
     if missing:
-        made = _read(missing, pairs, views, latents, sizes, config)
+        made = _read(missing, config)
         cache.put(made)
         entries |= made
-    for key, at in places.items():
-        for index, number in at:
-            masks[index][number] = entries[key]["mask"]
+    masks = tuple(
+        torch.stack([entries[key]["mask"] for key in named]) if named else torch.ones_like(own[:, :1])
+        for named, own in zip(keys, latents, strict=True)
+    )
     if not config.mask.outside:
         _refuse_blank(pairs, masks)
-    if masks and all((mask == 1).all() for mask in masks):
+    if wanted and all((mask == 1).all() for mask in masks):
         console.warn(f"mask.images masks nothing of these {len(pairs)} pictures: all of each counts")
-    return tuple(masks)
+    return masks
 
 
-def _read(
-    missing: dict[str, Place],
-    pairs: Sequence[Pair],
-    views: Sequence[View],
-    latents: Sequence[torch.Tensor],
-    sizes: torch.Tensor,
-    config: RunConfig,
-) -> dict[str, Entry]:
+def _key(part: Part, config: RunConfig) -> str:
+    pair, data = part.pair, config.data
+    assert pair.mask is not None
+    kind = "alpha" if pair.mask == pair.path else "mask"
+    cut = cut_key(pair, part.view, data.resolution, config.run.seed, data.aspect)
+    return key_of(kind, content_hash(pair.mask), *cut, *part.size, *part.cells)
+
+
+def _read(missing: dict[str, Part], config: RunConfig) -> dict[str, Entry]:
     """What is not in the cache, by key."""
     made, broken = dict[str, Entry](), dict[Path | None, str]()
+    data, seed = config.data, config.run.seed
     with console.progress("reading masks", total=len(missing)) as bar:
-        for key, (index, number) in missing.items():
-            pair, (height, width) = pairs[index], latents[index].shape[2:]
-            whole = (int(sizes[index, number, 1]), int(sizes[index, number, 0]))
-            data, seed = config.data, config.run.seed
+        for key, (pair, view, size, cells) in missing.items():
             try:
-                seen = look_at_mask(pair, whole, data.resolution, views[number], seed, data.aspect)
-                made[key] = {"mask": adaptive_avg_pool2d(torch.from_numpy(seen)[None], (height, width))}
+                pixels = torch.from_numpy(look_at_mask(pair, size, data.resolution, view, seed, data.aspect))
+                made[key] = {"mask": adaptive_avg_pool2d(pixels[None], cells)}
             except Exception as error:  # Pillow's decoders raise many kinds: each means a file that can be no mask
                 broken[pair.mask] = first_line(error)
             bar.advance()
