@@ -271,6 +271,19 @@ def test_what_is_said_of_the_schedules_is_what_the_study_found():
         assert f"{difference:.1f} % ± {half:.1f} %" in WORDS, name
 
 
+def test_what_is_said_of_averages_is_what_the_study_found():
+    told = {
+        line["schedule"]: line
+        for line in study_report.paired(json.loads((RESULTS / "study.json").read_text())["averages"])
+    }
+    sign = {"constant, EMA 0.9999": -1, "linear to zero": -1, "linear to zero, EMA 0.9999": -1, "4 cycles": 1, "4 cycles, mean of the troughs": 1}  # fmt: skip
+    for name, way in sign.items():
+        line = told[name]
+        assert way * line["difference"] > line["half"], "as sure as it is said"
+        assert f"{100 * abs(line['difference']):.1f} % ± {100 * line['half']:.1f} %" in WORDS, name
+        assert line["pairs"] == 9 and f"({line['steps']} steps; those above have" in WORDS
+
+
 def test_what_is_said_of_prior_pictures_is_what_the_study_found():
     record = json.loads((RESULTS / "study.json").read_text())
     one, three = study_report.against_none(record["prior"])
