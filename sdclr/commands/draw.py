@@ -60,7 +60,8 @@ def draw(
     console.result(str(output))
     more = len(list(output.glob("*.png"))) - count
     if more > 0:
-        console.say(f"{more} other pictures lie there too, and would be trained on")
+        others = "1 other picture lies" if more == 1 else f"{more} other pictures lie"
+        console.say(f"{others} there too, and would be trained on")
     console.say(f"next, in {config_path}: prior: {{images: {source.dump_value(str(output))}}}")
 
 

@@ -11,8 +11,10 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from sdclr.config.pictures import MOST_REPEATS
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import dump_value
+from sdclr.data.pairs import files_in
 from sdclr.errors import InputError
 from sdclr.report import console
 
@@ -21,6 +23,7 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     """Write (or print) a config for a folder of images. Raises InputError rather than overwrite a file."""
     if images is not None and not images.is_dir():
         raise InputError(f"{images}: there is no such folder of pictures")
+    repeats = _repeats(images) if images else {}
     name = re.sub(r"[^\w.@+-]+", "-", images.resolve().name if images else "")
     name = name.lstrip("-.+@").rstrip("-.")[:100] or "my-run"
     given = {
@@ -29,6 +32,7 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
         "data.images": str(images or "path/to/pictures"),
         "data.resolution": _resolution(base),
         "schedule.cycles": 4,
+        "data.repeats": repeats,
     }
     text = commented(given)
     if stdout:
@@ -43,7 +47,16 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
     except OSError as error:
         raise InputError(f"{output}: cannot be written: {error.strerror}") from None
     console.result(str(output))
+    if repeats:
+        console.say("the numbers in the folders' names are written down as data.repeats")
     console.say(f"next: sdclr check {output}, then sdclr range-test {output}")
+
+
+def _repeats(images: Path) -> dict[str, int]:
+    """What the numbers before the subfolders' names say (`10_cat`), as kohya's trainer reads them; of one number for all, nothing."""
+    folders = {stem.partition("/")[0] if "/" in stem else "" for stem in files_in(images, [])[0]}
+    numbers = {name: int(found[1]) if (found := re.match(r"(\d{1,4})_", name)) else 1 for name in sorted(folders)}
+    return {name: n for name, n in numbers.items() if 1 < n <= MOST_REPEATS} if len(set(numbers.values())) > 1 else {}
 
 
 def _resolution(base: str) -> int:

@@ -12,6 +12,7 @@ from sdclr.config.kinds import Place, Probability, Section, Side, Text, problem,
 
 ALPHA = Path("alpha")
 """In place of a folder of masks."""
+MOST_REPEATS = 1000
 Folder = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -52,9 +53,9 @@ class DataSection(Section):
     def _repeats_are_whole_numbers(cls, repeats: Any) -> Any:
         if not isinstance(repeats, dict):
             raise problem(f"must be subfolders and numbers, such as {{portraits: 3}}; got {repeats!r}")
-        wrong = {name: n for name, n in repeats.items() if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= 1000}  # fmt: skip
+        wrong = {name: n for name, n in repeats.items() if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MOST_REPEATS}  # fmt: skip
         if wrong:
-            raise problem(f"must be whole numbers from 1 to 1000; got {wrong}")
+            raise problem(f"must be whole numbers from 1 to {MOST_REPEATS}; got {wrong}")
         return {str(name): times for name, times in repeats.items()}
 
     @field_validator("repeats")

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
+from sdclr.config.pictures import MOST_REPEATS
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
 from sdclr.data.dataset import shape_for
@@ -99,7 +100,7 @@ def _repeats(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
     numbered = sorted(name for name in folders if re.match(r"\d+_", name))
     if not numbered:
         return []
-    number = min(1000, max(1, int(numbered[0].partition("_")[0])))
+    number = min(MOST_REPEATS, max(1, int(numbered[0].partition("_")[0])))
     example = f"{{{numbered[0]}: {number}}}"
     return [("repeats", f"none: numbers in names of folders ({', '.join(numbered[:3])}) are not read; data.repeats: {example} is how to say it")]  # fmt: skip
 

@@ -13,6 +13,7 @@ from sdclr.commands.check import check
 from sdclr.commands.init import init
 from sdclr.config import source
 from sdclr.config.schema import RunConfig
+from sdclr.data import pairs
 from sdclr.errors import ConfigError, DataError, InputError
 
 AUTO = "schedule: {policy: triangular, max_lr: auto, cycles: 2}\ntrain: {steps: auto}"
@@ -146,6 +147,27 @@ def test_init_takes_the_resolution_of_the_model(tmp_path, pictures, model):
     for base, side in ((str(model), 32), ("stabilityai/stable-diffusion-xl-base-1.0", 1024), ("a/stable-diffusion-v1-5", 512)):  # fmt: skip
         init(pictures, base, tmp_path / f"{side}.yaml")
         assert source.load(tmp_path / f"{side}.yaml").config.data.resolution == side
+
+
+def test_init_writes_down_the_numbers_of_folders_that_differ(tmp_path, pictures, model, capsys):
+    found = sorted(pictures.glob("*.png"))
+    for name, some in (("10_cat", found[:3]), ("2_dog", found[3:6]), ("1_cow", found[6:8]), ("", found[8:])):
+        (tmp_path / "all" / name).mkdir(parents=True, exist_ok=True)
+        for path in some:
+            shutil.copy(path, tmp_path / "all" / name)
+    init(tmp_path / "all", str(model), tmp_path / "run.yaml")
+    loaded = source.load(tmp_path / "run.yaml")
+    assert loaded.config.data.repeats == {"10_cat": 10, "2_dog": 2}
+    assert "written down as data.repeats" in capsys.readouterr().err
+    assert sum(pairs.times(pairs.find(tmp_path / "all"), loaded.config.data.repeats)) == 3 * 10 + 3 * 2 + 2 + 2
+    init(tmp_path / "all" / "10_cat", str(model), tmp_path / "cat.yaml")
+    shutil.rmtree(tmp_path / "all" / "2_dog")
+    shutil.rmtree(tmp_path / "all" / "1_cow")
+    for path in (tmp_path / "all").glob("*.png"):
+        path.unlink()
+    init(tmp_path / "all", str(model), tmp_path / "one.yaml")
+    assert source.load(tmp_path / "cat.yaml").config.data.repeats == {}
+    assert source.load(tmp_path / "one.yaml").config.data.repeats == {}
 
 
 def test_init_never_overwrites(tmp_path, pictures):

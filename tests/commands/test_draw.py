@@ -77,7 +77,7 @@ def test_damaged_pictures_and_missing_captions_are_drawn_again_and_others_are_sa
     draw(path, PROMPTS, folder, 2)
     assert [prompt for prompt, _ in calls] == PROMPTS
     assert {name: (folder / name).read_bytes() for name in before} == before
-    assert "1 other pictures lie there too" in capsys.readouterr().err
+    assert "1 other picture lies there too" in capsys.readouterr().err
 
 
 def test_a_prompt_in_brackets_is_shown_as_it_is(path, tmp_path, capsys):
