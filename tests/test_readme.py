@@ -301,6 +301,26 @@ def test_what_is_said_of_prior_pictures_is_what_the_study_found():
         assert f"(less by {' and '.join(changes)})" in WORDS
 
 
+def test_what_is_said_of_the_ladder_is_what_the_study_found():
+    rows = json.loads((RESULTS / "study.json").read_text())["ladder"]
+    of = {name: (more, faster) for name, more, faster in study_report.contrasts(rows)}
+    variety, likeness, leak = (of[name] for name in ("variety between seeds", "likeness to the subject", "leak into other prompts"))  # fmt: skip
+    assert f"falls by {variety[0].removeprefix('-')} (of" in WORDS
+    assert f"likeness ({likeness[0]})" in WORDS and f"leak into other prompts ({leak[0]})" in WORDS
+    for name, told in of.items():
+        (more, sure), (faster, as_sure) = (map(float, each.split(" ± ")) for each in told)
+        assert (abs(more) > sure) == (name == "variety between seeds")
+        assert abs(faster) <= as_sure
+    lines = study_report.rungs(rows)
+    lost = []
+    for rate in {line["rate"] for line in lines}:
+        base, *losses = [line["loss"] for line in lines if line["rate"] == rate]
+        lost.append((losses[-1] - min(losses)) / (base - min(losses)))
+    assert f"{100 * min(lost):.0f} % to {100 * max(lost):.0f} % of the gain is lost again" in WORDS
+    at_one = [line["variety between seeds"][0] for line in lines if line["kappa"] == 1]
+    assert f"(of {sum(at_one) / len(at_one):.3f})" in WORDS
+
+
 def test_what_is_said_of_more_pictures_is_what_the_study_found():
     lines = study_report.paired(json.loads((RESULTS / "study.json").read_text())["sizes"])
     told = [line for line in lines if "half" in line and line["schedule"] != "constant"]
