@@ -67,40 +67,11 @@ def read_inputs(
     if problems := _overlaps(loaded):
         raise ConfigError(problems)
     found = find_subject(config)
-    key = "range_test.fraction" if measuring else "validation.fraction"
     fraction = held_out_share(config, len(found)) if measuring else config.validation.fraction
     split = pairs.split(found, fraction, config.run.seed, fold)
-    problems += _idle(loaded, found)
-    size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
-    if size % processes:
-        problems.append(loaded.problem("batch.size", _uneven(size, processes)))
-    if len(split.train) < size:
-        held = f"; {len(split.validation)} of {len(found)} are held out" if split.validation else ""
-        place = "batch.size" if not split.validation or len(found) < size else key
-        problems.append(
-            loaded.problem(
-                place, f"leaves {_counted(len(split.train), 'image')} to train on, and a batch needs {size}{held}"
-            )
-        )
-    if (measuring or fraction > 0) and not split.validation:
-        instead = "raise it" if measuring else "raise it, or set 0 to train without validation"
-        problems.append(loaded.problem(key, f"of {len(found)} images is none; {instead}"))
-    if measuring and split.validation and config.range_test.folds * len(split.validation) > len(found):
-        most = len(found) // len(split.validation)
-        problems.append(
-            loaded.problem(
-                "range_test.folds",
-                f"is {config.range_test.folds}: {len(split.validation)} of {len(found)} images held out each time leave {most} splits that do not overlap",
-            )
-        )
     prior = find_prior(config)
-    if config.prior.images and len(prior) < size:
-        problems.append(
-            loaded.problem(
-                "prior.images",
-                f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}: add more (sdclr draw), or lower batch.size",
-            )
-        )
+    size = 1 if config.batch.size == "auto" else config.batch.size  # commands that train settle it first
+    problems = [*_idle(loaded, found), *_too_few(loaded, split, prior, size, processes, measuring)]
     if problems:
         raise ConfigError(problems)
     _refuse_leaks(split, prior)
@@ -152,6 +123,32 @@ def _idle(loaded: LoadedConfig, found: Sequence[Pair]) -> list[str]:
     if data.tag_orders > 1 and not any(len(tags_of(pair.caption)) > data.keep_tags + 1 for pair in found):
         beyond = f" beyond the {data.keep_tags} that are kept in place" if data.keep_tags else ""
         problems.append(loaded.problem("data.tag_orders", f"has nothing to order: no caption has two tags{beyond}"))
+    return problems
+
+
+def _too_few(
+    loaded: LoadedConfig, split: Split, prior: Sequence[Pair], size: int, processes: int, measuring: bool
+) -> list[str]:
+    """Numbers of pictures, of a batch and of processes that do not go together."""
+    config, problems = loaded.config, []
+    key = "range_test.fraction" if measuring else "validation.fraction"
+    train, held_out = len(split.train), len(split.validation)
+    every, folds = train + held_out, config.range_test.folds
+    if size % processes:
+        problems.append(loaded.problem("batch.size", _uneven(size, processes)))
+    if train < size:
+        held = f"; {held_out} of {every} are held out" if held_out else ""
+        place = "batch.size" if not held_out or every < size else key
+        problems.append(
+            loaded.problem(place, f"leaves {_counted(train, 'image')} to train on, and a batch needs {size}{held}")
+        )
+    if (measuring or config.validation.fraction > 0) and not held_out:
+        instead = "raise it" if measuring else "raise it, or set 0 to train without validation"
+        problems.append(loaded.problem(key, f"of {every} images is none; {instead}"))
+    if measuring and held_out and folds * held_out > every:
+        problems.append(loaded.problem("range_test.folds", f"is {folds}: {held_out} of {every} images held out each time leave {every // held_out} splits that do not overlap"))  # fmt: skip
+    if config.prior.images and len(prior) < size:
+        problems.append(loaded.problem("prior.images", f"holds {_counted(len(prior), 'picture')}, and a batch needs {size}: add more (sdclr draw), or lower batch.size"))  # fmt: skip
     return problems
 
 
