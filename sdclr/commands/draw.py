@@ -32,8 +32,7 @@ def draw(
     for prompt in prompts:
         if not prompt or not prompt.isprintable():
             raise InputError(f"a prompt must be text, for it becomes a caption; got {printable(prompt) or 'nothing'}")
-    masks = None if config.mask.of_transparency else config.mask.images
-    for key, folder, taken in (("data.images", config.data.images, "trained on as the subject"), ("mask.images", masks, "taken for masks")):  # fmt: skip
+    for key, folder, taken in (("data.images", config.data.images, "trained on as the subject"), ("mask.images", config.mask.folder, "taken for masks")):  # fmt: skip
         if folder and overlap(folder, output):
             raise InputError(
                 f"--output {output}: lies in {key} ({folder}) or holds it, and would be {taken}",

@@ -111,6 +111,11 @@ class MaskSection(Section):
         """Whether the pictures' own transparency masks them."""
         return self.images == ALPHA
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder of masks, if they lie in one."""
+        return None if self.of_transparency else self.images
+
 
 class PriorSection(Section):
     """Other pictures of the subject's kind, so that the model keeps what it knows of them (Ruiz 2022, arXiv 2208.12242, section 3.2)."""

@@ -87,9 +87,9 @@ def read_inputs(
 def find_subject(config: RunConfig) -> list[Pair]:
     """The pictures that are trained on and held out, with their masks. Raises DataError with every problem."""
     found = pairs.find(config.data.images, config.data.caption)
-    if not config.mask.images:
-        return found
-    return masks.by_transparency(found) if config.mask.of_transparency else masks.from_folder(found, config.mask.images)
+    if config.mask.of_transparency:
+        return masks.by_transparency(found)
+    return masks.from_folder(found, config.mask.folder) if config.mask.folder else found
 
 
 def find_prior(config: RunConfig) -> tuple[Pair, ...]:
@@ -104,8 +104,7 @@ def find_prior(config: RunConfig) -> tuple[Pair, ...]:
 def _overlaps(loaded: LoadedConfig) -> list[str]:
     """Folders that lie in one another: all pictures in the outer one would be taken."""
     config = loaded.config
-    masks = None if config.mask.of_transparency else config.mask.images
-    folders = {"data.images": config.data.images, "prior.images": config.prior.images, "mask.images": masks}
+    folders = {"data.images": config.data.images, "prior.images": config.prior.images, "mask.images": config.mask.folder}  # fmt: skip
     return [
         loaded.problem(key, f"and {other} ({there}) lie in one another, and all pictures in the outer one are taken: give them folders side by side")
         for (other, there), (key, here) in itertools.combinations(folders.items(), 2) if there and here and overlap(there, here)
