@@ -1,4 +1,4 @@
-"""One contestant of the throughput measurement, in a process of its own: `floor`, `sdclr`, `compiled`, `script`, or `validation`.
+"""One contestant of the throughput measurement, in a process of its own: `floor`, `sdclr` or a variant of it, `script`, or `validation`.
 
 Speaks lines of JSON: says when it is ready, then for every number N on stdin trains N steps and says how long they took; at `end`
 it says how much memory it had at most.
@@ -22,6 +22,15 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 Turns = Callable[[], Iterator[int]]
 FOREVER = {"cpu": 100_000, "cuda": 2_000}
 """Steps of a run that the driver ends; on a GPU, where it is a matter of minutes, few enough that `compile: auto` does not compile."""
+
+VARIANTS = {
+    "sdclr": (),
+    "compiled": ("model.compile=on",),
+    "one-by-one": ("model.compile=off",),
+    "xformers": ("model.attention=xformers",),
+    "lora": ("lora.rank=16",),
+}
+"""Ways of setting sdclr, as overrides of its config."""
 
 
 def resident(field: str = "VmRSS") -> int:
@@ -347,7 +356,7 @@ def validation(args: argparse.Namespace) -> None:
 def main() -> None:
     """Be the contestant that the command line names."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("kind", choices=["floor", "sdclr", "compiled", "script", "validation"])
+    parser.add_argument("kind", choices=["floor", *VARIANTS, "script", "validation"])
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -358,10 +367,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], required=True)
     parser.add_argument("--set", action="append", default=[], help="an override of sdclr's config")
     args = parser.parse_args()
-    if args.kind == "compiled":
-        args.set.append("model.compile=on")
+    args.set += VARIANTS.get(args.kind, ())
     args.work.mkdir(parents=True, exist_ok=True)
-    {"floor": floor, "sdclr": sdclr, "compiled": sdclr, "script": script, "validation": validation}[args.kind](args)
+    {"floor": floor, "script": script, "validation": validation}.get(args.kind, sdclr)(args)
     device_peak = None
     if args.device == "cuda":
         import torch

@@ -47,13 +47,17 @@ class Case:
     given_back: bool = False
 
 
-def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list[Case]:
-    """What is measured; on a GPU at true size, and on the CPU in bf16 where that is asked for."""
+def cases(work: Path, quick: bool, device: str, full_size: bool = False, xl: bool = False) -> list[Case]:
+    """What is measured; on a GPU at true size (SDXL's with `xl`), and on the CPU in bf16 where that is asked for."""
     if full_size:
         sd15 = Case(folder_of("sd15", work), 512, 8, 1, pictures=FEW, given_back=True)
         settings = ((*SMALLER_STILL, IN_BF16), (*SMALLEST, IN_BF16), LEAST)
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         return small if quick else [*small, Case(folder_of("sdxl", work), 1024, 8, 1, LEAST, FEW, given_back=True)]
+    if device == "cuda" and xl:
+        sdxl = Case(folder_of("sdxl", work), 1024, 8, 2)
+        smaller = (SMALLER, SMALLER_STILL, SMALLEST, LEAST, (*SMALLER, LORA))
+        return [replace(sdxl, batch=1, overrides=LEAST), *(replace(sdxl, overrides=overrides) for overrides in smaller)]
     if device == "cuda":
         sd15 = Case(folder_of("sd15", work), 512, 8, 1)
         settings = (
@@ -68,10 +72,9 @@ def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list
         small = [replace(sd15, overrides=overrides) for overrides in settings]
         if quick:
             return small
-        xl = [Case(folder_of("sdxl", work), 1024, 8, 2, overrides) for overrides in (SMALLEST, LEAST, (*SMALLER, LORA))]
-        return [*small, replace(sd15, batch=4, overrides=(LORA,)), replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",)), *xl]  # fmt: skip
+        return [*small, replace(sd15, batch=4, overrides=(LORA,)), replace(sd15, batch=16), replace(sd15, batch=4), replace(sd15, batch=16, overrides=("model.compile=off",))]  # fmt: skip
     demo, middle = Case(ROOT / "data/tiny-sd", 64, 4, 16), Case(folder_of("middle", work), 128, 8, 4)
-    xl = Case(folder_of("middle-xl", work), 128, 8, 4)
+    middle_xl = Case(folder_of("middle-xl", work), 128, 8, 4)
     if quick:
         return [demo, middle]
     sizes = ((128, 1), (192, 6), (256, 2), (256, 8))
@@ -83,15 +86,15 @@ def cases(work: Path, quick: bool, device: str, full_size: bool = False) -> list
         replace(middle, overrides=twice),
         replace(middle, resolution=256, batch=2, overrides=twice),
         replace(middle, resolution=256, batch=8, overrides=twice),
-        replace(xl, overrides=(LORA,)),
-        replace(xl, overrides=twice),
+        replace(middle_xl, overrides=(LORA,)),
+        replace(middle_xl, overrides=twice),
     ]
     return [
         replace(demo, batch=4),
         demo,
         middle,
         *(replace(middle, resolution=r, batch=b) for r, b in sizes),
-        xl,
+        middle_xl,
         *loras,
     ]
 

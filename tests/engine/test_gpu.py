@@ -6,13 +6,14 @@ pytest -m gpu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdclr.config import source
 from sdclr.engine.graph import Graph
@@ -93,6 +94,32 @@ def test_a_recorded_step_weighs_what_masks_say(config, pictures, tmp_path):
         mask.save(tmp_path / "masks" / path.name)
     settings = (f"mask.images={tmp_path / 'masks'}", "mask.outside=0.1")
     test_a_recorded_step_trains_as_one_whose_kernels_are_started_one_by_one(config, settings)
+
+
+def test_pictures_of_many_shapes_train_as_one_by_one(config, pictures, tmp_path):
+    """A bucketed step is never recorded; it is the mean over its pictures, as it is where each is a micro-batch of its own."""
+    for number, path in enumerate(sorted(pictures.glob("*.png"))):
+        shape = [(32, 32), (64, 32), (32, 64)][number % 3]
+        ImageOps.fit(Image.open(path), shape).save(tmp_path / path.name)
+        (tmp_path / path.with_suffix(".txt").name).write_text(path.with_suffix(".txt").read_text())
+    settings = (f"data.images={tmp_path}", "data.aspect=buckets", "model.precision=fp32", "optimizer.name=sgd")
+    batched = build(config(), *settings, "batch.size=4")
+    singly = build(config(), *settings, "batch.size=1", "batch.accumulate=4")
+    assert not isinstance(batched.add_gradients, Graph)
+    assert len({mean.shape for mean in batched.train.mean}) == 3
+    base = [p.detach().clone() for p in batched.modules["unet"].parameters()]
+    assert apart(train(batched), train(singly), base) < 1e-2
+
+
+@pytest.mark.skipif(find_spec("xformers") is None, reason="xformers is not installed")
+@pytest.mark.parametrize("compiling", ["auto", "off"])
+def test_xformers_attention_trains_as_torchs(config, compiling):
+    settings = ("model.precision=bf16", f"model.compile={compiling}")
+    theirs, torchs = build(config(), *settings, "model.attention=xformers"), build(config(), *settings)
+    base = [p.detach().clone() for p in torchs.modules["unet"].parameters()]
+    difference = apart(train(theirs), train(torchs), base)
+    print("xformers apart", compiling, difference)
+    assert difference < 0.1  # bf16 rounds elsewhere; AdamW's first steps make much of little
 
 
 def test_sdxls_step_is_recorded_and_serves_another_split(tmp_path, xl, pictures):
