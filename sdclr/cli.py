@@ -26,6 +26,10 @@ TOGETHER = ("range-test", "train")
 """The commands that several processes can do together; every other one would write the same files twice."""
 
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""The names under which torch looks for its allocator's settings; the first it knows since 2.9, and takes alone."""
+
+
 UNREACHABLE = (errno.ENAMETOOLONG, errno.EACCES, errno.ENOTDIR, errno.ELOOP)
 """What the system says of a place that a user has named and that nobody can look at."""
 
@@ -320,12 +324,20 @@ def compare(
     command(runs, output, json_)
 
 
-def _begin(config: Path | None, overrides: list[str], quiet: bool) -> None:
-    """What commands on a config share: quiet or not, and a bad config refused before anything heavy is imported."""
+def set_environment() -> None:
+    """What libraries read of the environment when they are imported, unless the user has set it."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # They would warn of torchvision and of kernels for 4-bit weights, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # A GPU's memory has fewer gaps where its segments grow: 3.9 GiB of SD 1.5's smallest full fine-tune instead of 4.4 (memory-cuda.json).
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def _begin(config: Path | None, overrides: list[str], quiet: bool) -> None:
+    """What commands on a config share: quiet or not, and a bad config refused before anything heavy is imported."""
+    set_environment()
     from sdclr.config import source
     from sdclr.report import console
 

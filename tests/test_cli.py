@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from sdclr import __version__
+from sdclr import __version__, cli
 from sdclr.cli import app, main
 
 ROOT = Path(__file__).parent.parent
@@ -267,3 +267,20 @@ def test_a_sigterm_while_pictures_are_read_is_no_damaged_picture(config, moment:
     assert done.returncode == 143
     assert "stopped by SIGTERM; what was finished has been kept" in done.stderr
     assert "damaged" not in done.stderr and "cannot" not in done.stderr
+
+
+@pytest.mark.parametrize("given", [None, *cli.ALLOCATOR])
+@pytest.mark.parametrize("platform", ["linux", "win32"])
+def test_a_cards_memory_grows_in_place_unless_the_user_has_said_how(
+    monkeypatch, given: str | None, platform: str
+) -> None:
+    for name in cli.ALLOCATOR:
+        monkeypatch.setenv(name, "")  # put back after the test, whatever is set in it
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "platform", platform)
+    if given:
+        monkeypatch.setenv(given, "max_split_size_mb:128")
+    cli.set_environment()
+    found = {name: os.environ[name] for name in cli.ALLOCATOR if name in os.environ}
+    ours = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"} if platform == "linux" else {}
+    assert found == ({given: "max_split_size_mb:128"} if given else ours)

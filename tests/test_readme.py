@@ -19,6 +19,7 @@ from sdclr.config.schema import RunConfig
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
+import foretold  # noqa: E402
 import precisions  # noqa: E402
 import study_report  # noqa: E402
 import throughput  # noqa: E402
@@ -210,21 +211,48 @@ def test_the_speed_table_is_the_last_run_of_the_bench(file, batch, row):
 
 
 def test_the_gpu_table_is_the_last_run_of_the_bench():
-    stored_ = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("throughput-cuda", "throughput-cuda-compiled")}  # fmt: skip
-    rows = (("bare floor", "throughput-cuda", "floor"), ("`sdclr train`", "throughput-cuda", "sdclr"),
-            ("`sdclr train`, compiled", "throughput-cuda-compiled", "compiled"), ("diffusers' script", "throughput-cuda", "script"))  # fmt: skip
-    for row, file, kind in rows:
-        found = stored_[file]["batches"]["16"]
-        own, floor = found["seconds"][kind], found["seconds"]["floor"]
-        rate = 16 / throughput.quartiles(own)[1]
-        slower = "1" if kind == "floor" else "{1:.2f} ({0:.2f} to {2:.2f})".format(*throughput.ratio(own, floor))
-        share = throughput.FLOP_AN_IMAGE["model-sd15"] * rate / stored_[file]["machine"]["matmul"]
-        gib = found["memory"][kind]["device"] / 2**30
-        assert f"| {row} | {rate:.0f} | {slower} | {share:.0%} | {gib:.1f} |".replace("%", " %") in README
-    looks = stored_["throughput-cuda-compiled"]["validation"]
-    assert f"forward takes {throughput.ratio(looks['batched'], looks['unbatched'])[1]:.2f} of one that is not batched. After" in WORDS  # fmt: skip
-    (case,) = json.loads((RESULTS / "memory-cuda.json").read_text())["cases"]
-    assert f"{case['foretold'] / 2**30:.1f} GiB at batch 1, and {case['used'] / 2**30:.1f} were used" in WORDS
+    table = README.partition("| model, batch |")[2].partition("\n\n")[0].splitlines()[2:]
+    expected = [gpu_row(*of) for of in (("SD 1.5 at 512 pixels", "", batch) for batch in ("1", "4", "16"))]
+    expected += [gpu_row("the same, compiled", "-compiled", "16")]
+    expected += [gpu_row("SDXL at 1024 pixels", "-xl", batch) for batch in ("1", "4")]
+    assert table == expected
+    looks = [
+        throughput.ratio(v["batched"], v["unbatched"])[1] for v in (gpu(name)["validation"] for name in ("", "-xl"))
+    ]
+    assert "forward takes {:.2f} of one that is not batched, {:.2f} of SDXL's.".format(*looks) in WORDS
+
+
+def gpu(name: str) -> Any:
+    return json.loads((RESULTS / f"throughput-cuda{name}.json").read_text())
+
+
+def gpu_row(label: str, name: str, batch: str) -> str:
+    """A line of the README's table, from a stored result."""
+    stored_ = gpu(name)
+    found = stored_["batches"][batch]
+    seconds, memory = found["seconds"], found["memory"]
+    own = "compiled" if "compiled" in seconds else "sdclr"
+    rate = {kind: int(batch) / throughput.quartiles(seconds[kind])[1] for kind in seconds}
+    slower, three = throughput.ratio(seconds[own], seconds["floor"]), "{1:.2f} ({0:.2f} to {2:.2f})"
+    faster = three.format(*throughput.ratio(seconds["script"], seconds[own])) if "script" in seconds else ""
+    share = throughput.FLOP_AN_IMAGE[stored_["model"]] * rate[own] / stored_["machine"]["matmul"]
+    rates = ", ".join(f"{rate[kind]:.3g}" for kind in ("floor", own, "script") if kind in rate)
+    gib = "; ".join(f"{memory[kind]['device'] / 2**30:.1f}" for kind in (own, "script") if kind in memory)
+    return f"| {label}, {batch} | {rates} | {three.format(*slower)} | {faster} | {100 * share:.0f} % | {gib} |"
+
+
+def test_what_is_said_of_a_cards_memory_is_the_last_run_of_the_bench():
+    cases = [
+        case for name in ("", "-xl") for case in json.loads((RESULTS / f"memory-cuda{name}.json").read_text())["cases"]
+    ]
+    off = [100 * (case["foretold"] / case["used"] - 1) for case in cases]
+    within = sum(abs(each) <= 10 for each in off)
+    said = f"in {len(off)} cases, of which {within} were foretold within 10 % ({min(each for each in off if each >= -10):+.1f} to {max(off):+.1f} %)"
+    assert said.replace("-", "−") in WORDS
+    ((least, grown), (lora, grown_too)) = ([c for c in cases if c["overrides"] == o and c["model"] == "model-sd15" and c["batch"] == 1] for o in ([*foretold.LEAST], [*foretold.SMALLER, foretold.LORA]))  # fmt: skip
+    sizes = [case["used"] / 2**30 for case in (least, grown, lora, grown_too)]
+    assert f"took {sizes[1]:.1f} GiB so instead of {sizes[0]:.1f}, a LoRA" in WORDS
+    assert f"{sizes[3]:.1f} instead of {sizes[2]:.1f}" in WORDS
 
 
 SMALL = (
@@ -241,8 +269,13 @@ def test_the_table_of_the_smallest_runs_is_the_last_run_of_the_bench(row, model,
     cases = json.loads((RESULTS / "memory-full-size.json").read_text())["cases"]
     every = {"optimizer.fused_backward=true", "model.precision=full_bf16"}
     (case,) = [c for c in cases if c["model"] == model and every & {*c["overrides"]} == {*settings}]
-    foretold, used = ((size + case["imported"]) / 2**30 for size in (case["foretold"], case["used"]))
-    assert re.search(rf"\| {row} \| [\d.]+ \| {foretold:.1f} \| {used:.1f} \|", README)
+    counted, used = ((size + case["imported"]) / 2**30 for size in (case["foretold"], case["used"]))
+    on_cards = [
+        c for name in ("", "-xl") for c in json.loads((RESULTS / f"memory-cuda{name}.json").read_text())["cases"]
+    ]
+    *_, same = [c for c in on_cards if c["model"] == model and c["batch"] == 1 and {*c["overrides"]} >= set(foretold.SMALLER_STILL) and every & {*c["overrides"]} == {*settings}]  # fmt: skip
+    card = f"{same['foretold'] / 2**30:.1f} | {same['used'] / 2**30:.1f}"
+    assert f"| {row} | {card} | {counted:.1f} | {used:.1f} |" in README
 
 
 @pytest.mark.parametrize(("config", "words"), [("sd15", r"; ([\d.]+) with"), ("sdxl", r"([\d.]+)(?: GiB)? with")])

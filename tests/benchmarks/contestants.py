@@ -137,6 +137,9 @@ def write_config(args: argparse.Namespace) -> Path:
 
 
 def sdclr(args: argparse.Namespace) -> None:
+    from sdclr.cli import set_environment
+
+    set_environment()
     from sdclr.commands import train
     from sdclr.engine import run  # noqa: F401 (all that a run imports, so that it counts as such)
     from sdclr.report import console
@@ -376,7 +379,7 @@ def main() -> None:
 
         # What no other program can have; a CUDA graph's memory is not "allocated".
         device_peak = torch.cuda.max_memory_reserved()
-    say(peak=resident("VmHWM"), device_peak=device_peak)
+    say(peak=resident("VmHWM"), device_peak=device_peak, allocator=os.environ.get("PYTORCH_ALLOC_CONF", ""))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,7 @@ def measure(work: Path, case: Case, device: str) -> dict[str, Any]:
         "overrides": list(case.overrides), "foretold": needs.at(case.batch),
     }  # fmt: skip
     if device == "cuda":
+        found["allocator"] = used["allocator"]
         return {**found, "imported": 0, "used": used["device"], "peak": used["device"]}
     return {**found, "imported": imported, "used": used["above_imports"], "peak": used["peak"]}
 
@@ -153,7 +154,7 @@ def markdown(result: dict[str, Any]) -> str:
         off, whole = c["foretold"] / c["used"] - 1, (c["foretold"] + c["imported"]) / c["peak"] - 1
         mib = {k: c[k] / 2**20 for k in ("weights", "foretold", "used")}
         lines.append(
-            f"| {c['model']} | {mib['weights']:.0f} | {c['resolution']} | {c['batch']} | {', '.join(c.get('overrides', []))} | {mib['foretold']:.0f} | {mib['used']:.0f} "
+            f"| {c['model']} | {mib['weights']:.0f} | {c['resolution']} | {c['batch']} | {', '.join(filter(None, [*c.get('overrides', []), c.get('allocator', '')]))} | {mib['foretold']:.0f} | {mib['used']:.0f} "
             f"| {off:+.1%} | {whole:+.1%} | {'holds' if abs(whole) <= BAR else 'MISSED'} |"
         )
     return "\n".join([*lines, ""])

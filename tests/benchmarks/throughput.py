@@ -86,11 +86,17 @@ class Contestant:
         return self._hear()
 
     def end(self) -> dict[str, Any]:
-        """Its peak memory in bytes: whole, above its imports, and on the device."""
+        """Its peak memory in bytes: whole, above its imports, and on the device; and how it was allocated there."""
         self._tell("end")
         said = self._hear("peak")
         self.process.wait()
-        return {"peak": said["peak"], "above_imports": said["peak"] - self.imported, "device": said["device_peak"]}
+        above = said["peak"] - self.imported
+        return {
+            "peak": said["peak"],
+            "above_imports": above,
+            "device": said["device_peak"],
+            "allocator": said["allocator"],
+        }
 
     def _tell(self, line: str) -> None:
         assert self.process.stdin

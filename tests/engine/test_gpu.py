@@ -6,8 +6,8 @@ pytest -m gpu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -21,7 +21,8 @@ from sdclr.engine.loop import optimizer_steps
 from sdclr.engine.painter import of_run
 from sdclr.engine.plan import read_inputs
 from sdclr.engine.run import Run
-from sdclr.errors import DivergenceError
+from sdclr.errors import DivergenceError, InputError
+from sdclr.model import adapters
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 ROOT = Path(__file__).parent.parent.parent
@@ -79,7 +80,7 @@ def test_a_recorded_step_trains_as_one_whose_kernels_are_started_one_by_one(conf
     recorded, plain = build(config(), *settings), build(config(), *settings, "model.compile=off")
     assert isinstance(recorded.add_gradients, Graph)
     assert not isinstance(plain.add_gradients, Graph)
-    base = [p.detach().clone() for m in plain.modules.values() for p in m.parameters()]
+    base = [p.detach().clone() for m in plain.modules.values() for p in adapters.trained(m)]
     ours, theirs = train(recorded), train(plain)
     assert recorded.add_gradients.graph is not None
     print(settings, "the same bits:", all(map(torch.equal, ours, theirs)), apart(ours, theirs, base))
@@ -115,7 +116,11 @@ def test_pictures_of_many_shapes_train_as_one_by_one(config, pictures, tmp_path)
 @pytest.mark.parametrize("compiling", ["auto", "off"])
 def test_xformers_attention_trains_as_torchs(config, compiling):
     settings = ("model.precision=bf16", f"model.compile={compiling}")
-    theirs, torchs = build(config(), *settings, "model.attention=xformers"), build(config(), *settings)
+    try:
+        theirs = build(config(), *settings, "model.attention=xformers")
+    except InputError as error:  # a build for another torch, of which a user is told just that
+        pytest.skip(str(error))
+    torchs = build(config(), *settings)
     base = [p.detach().clone() for p in torchs.modules["unet"].parameters()]
     difference = apart(train(theirs), train(torchs), base)
     print("xformers apart", compiling, difference)
