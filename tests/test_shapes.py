@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig
 
 from sdclr.config import source
 from sdclr.engine import memory
@@ -22,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import throughput  # noqa: E402
-from shapes import SHAPES, vae_of  # noqa: E402
+from shapes import SHAPES, configs_alone  # noqa: E402
 
 PARAMETERS = {"sd15": 859_520_964, "sdxl": 2_567_463_684}
 """As diffusers counts those of the published models."""
@@ -46,45 +42,13 @@ def test_the_benchs_unets_have_the_published_size_and_cost_what_is_said(name: st
 
 
 def needed(folder: Path, name: str, config: Path, *overrides: str) -> float:
-    """GiB of a GPU that a config needs with the named model: counted here as there, but for what only the computer's memory holds."""
-    configs(folder / name, SHAPES[name])
+    """GiB of a GPU that a config needs with the named model."""
+    configs_alone(SHAPES[name], folder / name)
     (folder / "weights.safetensors").touch()
     base = (f"model.base={folder / 'weights.safetensors'}", f"model.config={folder / name}", "model.precision=bf16")
     loaded = source.load(config, (*base, *overrides)).config
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "EIGHT_BITS_ON_CPU", 0)
-        encode, pictures = memory._Work.encoding, []
-        patch.setattr(memory._Work, "encoding", lambda work: pictures.append(encode(work)) or pictures[0])
-        for norm in ("group_norm", "layer_norm"):  # on a GPU autocast has these in fp32
-            real = getattr(torch.nn.functional, norm)
-            patch.setattr(torch.nn.functional, norm, lambda *given, real=real: real(*map(in_fp32, given)))
-        needs = memory.count(loaded, 16, 4, torch.device("cpu"), only=loaded.batch.size)
-    on_the_card = {part: needs.parts[part] for part in ("weights", "optimizer")}
-    encoding = pictures[0] + needs.parts["encoders"]  # during which the UNet is not there yet
-    recorded = not loaded.optimizer.fused_backward
-    return (
-        dataclasses.replace(
-            needs, parts=on_the_card, encoding=encoding, kept=0.0, kept_training=0.0, recorded=recorded
-        ).at(loaded.batch.size)
-        / 2**30
-    )
-
-
-def in_fp32(given: Any) -> Any:
-    return given.float() if isinstance(given, torch.Tensor) else given
-
-
-def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
-    """A diffusers folder without any weights."""
-    with torch.device("meta"):
-        UNet2DConditionModel(**shape["unet"]).save_config(folder / "unet")
-        vae_of(shape).save_config(folder / "vae")
-    index = {"unet": ["diffusers", "UNet2DConditionModel"]}
-    for part, key in (("text_encoder", "text"), ("text_encoder_2", "second")):
-        if key in shape:
-            CLIPTextConfig(max_position_embeddings=77, **shape[key]).save_pretrained(folder / part)
-            index[part] = ["transformers", "CLIPTextModel" + "WithProjection" * (key == "second")]
-    (folder / "model_index.json").write_text(json.dumps(index))
+    size = loaded.batch.size
+    return memory.count(loaded, 16, 4, torch.device("cuda"), only=size).at(size) / 2**30
 
 
 @pytest.mark.parametrize(
@@ -102,7 +66,8 @@ def configs(folder: Path, shape: dict[str, dict[str, Any]]) -> None:
         ("sdxl", "sdxl", (CHECKPOINTED, "optimizer={name: adamw}"), r"([\d.]+) with plain adamw"),
     ],
 )  # fmt: skip
-def test_the_shipped_configs_need_what_they_say(tmp_path: Path, file: str, name: str, overrides: tuple[str, ...], words: str) -> None:  # fmt: skip
+def test_the_shipped_configs_need_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, name: str, overrides: tuple[str, ...], words: str) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     config = ROOT / "configs" / f"{file}.yaml"
     said = re.search(words, config.read_text().replace("\n# ", " "))
     assert said, f"{config.name} does not say {words}"

@@ -86,6 +86,9 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     assert [(r["fold"], r["prior"], r["step"]) for r in record["prior"]] == [
         (fold, prior, step) for fold in (0, 1) for prior in (False, True) for step in (0, 4)
     ]
+    planned = [(r["schedule"], r["fold"], r["steps"], r["factor"]) for r in record["planned"]]
+    names = ("constant", "linear to zero", "1 cycle", "2 cycles", "4 cycles")
+    assert planned == [(name, fold, 16, 0.5) for fold in (0, 1) for name in names]
     ends = {(r["schedule"], r["fold"]): r["end"]["truth"] for r in record["averages"]}
     ways = ("", ", EMA 0", ", EMA 0.9")
     assert [name for name, fold in ends if fold == 1] == [
@@ -109,7 +112,9 @@ def test_a_small_study_runs_writes_its_tables_and_is_not_run_twice(study, model,
     monkeypatch.setattr(study, "averaged", never)
     again = study.Study(scale, str(model), tmp_path / "build", 1e-3, 4e-3, ("train.steps=40", "train.kappa=1"))
     jobs = [
-        job for part in ("schedules", "averages", "ladder", "prior", "replays") for job in study.PARTS[part].jobs(again)
+        job
+        for part in ("schedules", "planned", "averages", "ladder", "prior", "replays")
+        for job in study.PARTS[part].jobs(again)
     ]
     rows = study.run_jobs(again, jobs, workers=1)
     assert rows == {part: record[part] for part in rows}

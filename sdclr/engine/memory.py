@@ -1,8 +1,7 @@
 """How much memory a run will need, before it needs it: counted on tensors that have a shape and no bytes.
 
-One training step and one validation forward are run on torch's meta device (with mixed precision on its fake tensors, which follow
-autocast) while every storage's birth and death is noted. What lives at each moment is linear in the batch, so two counted batches
-give the peak of any other. What libraries take for themselves is not seen, but measured: see KEPT and LIBRARIES.
+One training step and one validation forward are run on torch's meta device while every storage's birth and death is noted. What lives at
+each moment is linear in the batch, so two counted batches give the peak of any other. What libraries take for themselves is not seen, but measured: see KEPT and LIBRARIES.
 """
 
 from __future__ import annotations
@@ -11,20 +10,18 @@ import contextlib
 import dataclasses
 import math
 import os
-import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from sdclr.config.schema import RunConfig
 from sdclr.data.dataset import views
 from sdclr.engine import graph, rounding
 from sdclr.engine.encoding import pictures_together
+from sdclr.engine.ledger import Ledger, autocast, fused_attention
 from sdclr.engine.run import validation_batch
 from sdclr.model import adapters, components
 from sdclr.model.objective import denoise, squared_error
@@ -36,6 +33,7 @@ compiled with the first step."""
 KEPT_BY_FROZEN, KEPT_RECOMPUTED = 0.2, 2.4
 """Of a LoRA on the CPU, which has next to no gradients to leave room for these: the share of the frozen weights that kernels keep copies of,
 and the share of activations in gaps where they are computed twice (eleven cases, as above)."""
+SHAPES_ONLY = torch.device("meta")
 EIGHT_BITS_ON_CPU = 5
 """Tensors of fp32 and of a weight's size that bitsandbytes' update of it makes there; on a GPU it makes none."""
 
@@ -120,13 +118,12 @@ def count(
 ) -> Needs:
     """Count a run's needs, of every batch size, or in half the time of `only` one; allocates nothing of size. Raises InputError when the model's configs cannot be read."""
     precision = components.mixed_precision(config.model.precision, device)
-    with _shapes_only(precision != "no", device) as where:
-        work = _Work(config, where, device, precision)
-        draws = held_out * config.validation.timesteps_per_image
-        training = work.moments(True, only)
-        validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
-        encoding = work.encoding()
-        drawing = work.drawing() if config.sample.at_troughs else 0
+    work = _Work(config, device, precision)
+    draws = held_out * config.validation.timesteps_per_image
+    training = work.moments(True, only)
+    validation = work.moments(False, min(draws, validation_batch(only)) if only else None) if held_out else None
+    encoding = work.encoding()
+    drawing = work.drawing() if config.sample.at_troughs else 0
     parts, weights = work.parts, sum(map(_bytes, work.trained))
     trained = sum(p.nbytes for module in work.trained for p in adapters.trained(module))
     frozen = {name: _bytes(module) for name, module in parts.networks.items() if name not in config.model.train}
@@ -166,82 +163,18 @@ def available(device: torch.device) -> int:
 # Counting -----------------------------------------------------------------------------------------------------------------------
 
 
-class _Ledger(TorchDispatchMode):
-    """Notes what lives after every operation that makes a new storage."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.moments: list[int] = []
-        self.known: dict[int, int] = {}
-
-    def skip(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Tensors that were there before, and are counted elsewhere."""
-        for tensor in tensors:
-            self.known[tensor.untyped_storage()._cdata] = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._born(tensor.untyped_storage())
-        return out
-
-    def _born(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self.known:
-            return
-        self.known[key] = storage.nbytes()
-        self.live += storage.nbytes()
-        self.moments.append(self.live)
-        weakref.finalize(storage, self._died, key)
-
-    def _died(self, key: int) -> None:
-        self.live -= self.known.pop(key)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """What every fused attention kernel keeps: its inputs, its output, and one number a row; never the matrix of all pairs."""
-
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
-
-
-@contextlib.contextmanager
-def _fused_attention() -> Iterator[None]:
-    """For the time of the block: the meta device would take attention apart into the matrix that no kernel in use makes."""
-    functional = torch.nn.functional
-    real = functional.scaled_dot_product_attention
-
-    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _FusedAttention.apply(query, key, value)
-
-    functional.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        functional.scaled_dot_product_attention = real
-
-
 class _Work:
     """A run's work on shapes alone."""
 
-    def __init__(self, config: RunConfig, where: str, device: torch.device, precision: str):
-        self.config, self.where, self.device, self.precision = config, where, device, precision
-        with torch.device(where):
+    def __init__(self, config: RunConfig, device: torch.device, precision: str):
+        self.config, self.device, self.precision = config, device, precision
+        with SHAPES_ONLY:
             self.parts = components.skeleton(config.model)
         # All kernels keep the same; whether xformers runs is for the run to say.
         counted = config.model.model_copy(update={"attention": "sdpa"})
         for name in components.narrowed(config.model):
             components.narrow(getattr(self.parts, name))
-        components.prepare_for_training(self.parts, counted, torch.device(where))
+        components.prepare_for_training(self.parts, counted, SHAPES_ONLY)
         if config.lora.rank:
             components.attach_lora(self.parts, config, precision)
         self.trained = list(self.parts.trainable(config.model.train).values())
@@ -266,7 +199,7 @@ class _Work:
         """The peak of the VAE at work, beyond the weights."""
         side, group = self.config.data.resolution, pictures_together(self.config.data.resolution)
         with self._counted(grad=False) as ledger:
-            self.parts.vae.encode(torch.empty(group, 3, side, side, device=self.where))
+            self.parts.vae.encode(torch.empty(group, 3, side, side, device=SHAPES_ONLY))
         return max(ledger.moments)
 
     def drawing(self) -> int:
@@ -276,7 +209,7 @@ class _Work:
         drawn = (self.latent[0], height // self.factor, width // self.factor)
         asked = 2 if self.config.sample.guidance > 1 else 1
         with self._counted(grad=False) as ledger, contextlib.nullcontext() if self.pooled else self._autocast():
-            self.parts.vae.decode(torch.empty(1, *drawn, device=self.where))  # SDXL's in fp32: see encoders
+            self.parts.vae.decode(torch.empty(1, *drawn, device=SHAPES_ONLY))  # SDXL's in fp32: see encoders
         return max(*self._pass(asked, grad=False, latent=drawn), *ledger.moments)
 
     def data_bytes(self, images: int, held_out: int) -> int:
@@ -288,18 +221,16 @@ class _Work:
         return 4 * (seen * numbers + captions * (self.tokens * self.width + self.pooled))
 
     def _pass(self, batch: int, grad: bool, latent: tuple[int, ...] = ()) -> list[int]:
-        with self._counted(grad) as ledger:
-            latents = torch.empty(batch, *(latent or self.latent), device=self.where)
-            timesteps = torch.empty(batch, dtype=torch.long, device=self.where)
-            told = {"encoder_hidden_states": torch.empty(batch, self.tokens, self.width, device=self.where)}
+        with self._counted(grad) as ledger, self._autocast(), SHAPES_ONLY:
+            latents, timesteps = torch.empty(batch, *(latent or self.latent)), torch.empty(batch, dtype=torch.long)
+            told = {"encoder_hidden_states": torch.empty(batch, self.tokens, self.width)}
             if self.pooled:
-                told["text_embeds"] = torch.empty(batch, self.pooled, device=self.where)
-                told["time_ids"] = torch.empty(batch, 6, dtype=torch.long, device=self.where)
-            with self._autocast():
-                if "text_encoder" in self.config.model.train:
-                    ids = torch.empty(batch, self.tokens, dtype=torch.long, device=self.where)
-                    told["encoder_hidden_states"] = self.parts.text_encoder(ids)[0]
-                prediction = denoise(self.parts.unet, latents, timesteps, told)
+                told["text_embeds"] = torch.empty(batch, self.pooled)
+                told["time_ids"] = torch.empty(batch, 6, dtype=torch.long)
+            if "text_encoder" in self.config.model.train:
+                ids = torch.empty(batch, self.tokens, dtype=torch.long)
+                told["encoder_hidden_states"] = self.parts.text_encoder(ids)[0]
+            prediction = denoise(self.parts.unet, latents, timesteps, told)
             loss = squared_error(prediction, latents).mean()
             forward = list(ledger.moments)
             if grad:
@@ -338,7 +269,7 @@ class _Work:
             copies = [p.float() for _ in range(2) for p in some] if narrow else []
             largest = max(some, key=torch.Tensor.numel)
             if few:
-                torch.empty(few * largest.numel(), device=self.where)
+                torch.empty(few * largest.numel())
             if narrow:
                 rounding.rounded(max(copies, key=torch.Tensor.numel), None)
             del copies
@@ -346,28 +277,15 @@ class _Work:
     def _autocast(self) -> Any:
         if self.precision == "no":
             return contextlib.nullcontext()
-        return torch.autocast(self.where, components.DTYPES[self.precision], cache_enabled=False)
+        return autocast(self.device.type, components.DTYPES[self.precision])
 
     @contextlib.contextmanager
-    def _counted(self, grad: bool) -> Iterator[_Ledger]:
-        ledger = _Ledger()
+    def _counted(self, grad: bool) -> Iterator[Ledger]:
+        ledger = Ledger()
         for module in self.parts.networks.values():
             ledger.skip((*module.parameters(), *module.buffers()))
-        with _fused_attention(), ledger, torch.set_grad_enabled(grad):
+        with fused_attention(), ledger, torch.set_grad_enabled(grad):
             yield ledger
-
-
-@contextlib.contextmanager
-def _shapes_only(mixed: bool, device: torch.device) -> Iterator[str]:
-    """Tensors without bytes, and the name of the device they are on. The meta device is five times as fast as fake tensors, but
-    does not know what autocast casts."""
-    if not mixed:
-        yield "meta"
-        return
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        yield device.type
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -5,6 +5,7 @@ Training costs the same whatever the weights are, so speed and memory can be mea
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,19 @@ def folder_of(name: str, under: Path) -> Path:
 def vae_of(shape: dict[str, dict[str, Any]]) -> AutoencoderKL:
     stages = len(shape["vae"]["block_out_channels"])
     return AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * stages, up_block_types=("UpDecoderBlock2D",) * stages, latent_channels=4, **shape["vae"])  # fmt: skip
+
+
+def configs_alone(shape: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Write a diffusers folder without any weights."""
+    with torch.device("meta"):
+        UNet2DConditionModel(**shape["unet"]).save_config(folder / "unet")
+        vae_of(shape).save_config(folder / "vae")
+    index = {"unet": ["diffusers", "UNet2DConditionModel"]}
+    for part, key in (("text_encoder", "text"), ("text_encoder_2", "second")):
+        if key in shape:
+            CLIPTextConfig(max_position_embeddings=77, **shape[key]).save_pretrained(folder / part)
+            index[part] = ["transformers", "CLIPTextModel" + "WithProjection" * (key == "second")]
+    (folder / "model_index.json").write_text(json.dumps(index))
 
 
 def make(shape: dict[str, dict[str, Any]], folder: Path) -> None:

@@ -3,11 +3,12 @@
     make study                                   # all of it, at most three hours on two cores; stopped, it goes on where it was
     python tests/benchmarks/study.py --quick     # a smaller one in about ten minutes, into build/study-quick/results
 
-Six parts, each of jobs that need nothing of one another:
+Seven parts, each of jobs that need nothing of one another:
 
     replays    every file of configs/cycling, measured along the way
     schedules  each schedule against constant at equal exposure and equal steps; pairs share seed, split, batches, noise
     sizes      the same with more training pictures
+    planned    the same at the rate that a range test recommends, half the ceiling: how many cycles `train` should take by itself
     averages   the last weights against averages of weights: of the last steps (EMA), and of the troughs
     ladder     pictures drawn at the troughs: likeness, obedience and variety against κ at several rates
     prior      the same with and without prior pictures (people that the base has drawn): what they keep, and what they cost
@@ -63,6 +64,8 @@ from sdclr.report import console  # noqa: E402
 REPLAYS = ROOT / "configs" / "cycling"
 GROUPS = (Group(3, 1.0), Group(2, 0.5), Group(1.5, 0.25))
 LOOK_EVERY = 20
+RECOMMENDED_PEAK = 0.5
+"""Of a triangle, as a share of the ceiling: about where the range test recommends it."""
 CYCLE_KAPPA = 0.5
 """Exposure of one cycle of the ladder, in units of the best one: its troughs are at κ = 0.5, 1, 1.5, ..."""
 
@@ -279,7 +282,8 @@ def schedule_job(study: Study, factor: float, seed: int, fold: int) -> list[dict
     """All schedules at one rate for one seed and split."""
     loaded = source.load(DEMO, study.settings(seed))
     bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"schedules-{seed}-{fold}")
-    return _compare(study, bench, study.best_exposure, (factor,), study.scale.cycles, {"seed": seed, "fold": fold})
+    shapes = schedules(study.best_exposure, factor * study.ceiling / 2, study.scale.cycles)
+    return _compare(bench, factor, shapes, {"seed": seed, "fold": fold})
 
 
 def size_jobs(study: Study) -> list[Job]:
@@ -296,22 +300,33 @@ def size_job(study: Study, size: int, seed: int, number: int) -> list[dict[str, 
     loaded = source.load(DEMO, settings)
     bench = make_bench(study, loaded, read_inputs(loaded), f"sizes-{size}-{seed}-{number}")
     exposure = study.best_exposure * (size / 16) ** 0.5
-    return _compare(study, bench, exposure, (1.0,), (4,), {"size": size, "seed": seed, "fold": number})
+    about = {"size": size, "seed": seed, "fold": number}
+    return _compare(bench, 1.0, schedules(exposure, study.ceiling / 2, (4,)), about)
 
 
-def _compare(
-    study: Study, bench: Any, exposure: float, factors: Sequence[float], cycles: Sequence[int], about: dict[str, Any]
-) -> list[dict[str, Any]]:
+def planned_jobs(study: Study) -> list[Job]:
+    return [("planned", job) for job in itertools.product(study.scale.seeds, study.scale.folds)]
+
+
+def planned_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
+    """The schedules among which a run's default is to be chosen, at the length and the rate of a recommended run."""
+    loaded = source.load(DEMO, study.settings(seed))
+    bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"schedules-{seed}-{fold}")
+    shapes = schedules(study.best_exposure, RECOMMENDED_PEAK * study.ceiling / 2, (1, 2, 4))
+    plain = {name: shape for name, shape in shapes.items() if not shape.groups}
+    return _compare(bench, RECOMMENDED_PEAK, plain, {"seed": seed, "fold": fold})
+
+
+def _compare(bench: Any, factor: float, shapes: dict[str, Schedule], about: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     untouched = losses_of(bench, bench.base())
-    for factor in factors:
-        for name, schedule in schedules(exposure, factor * study.ceiling / 2, cycles).items():
-            arm = run_schedule(bench, f"{name.replace(' ', '-')}-{factor}", schedule, set())
-            whole = not arm.diverged and len(arm.steps) and arm.steps[-1] == schedule.steps
-            rows.append({
-                **about, "factor": factor, "schedule": name, "peak": schedule.max_lr, "steps": schedule.steps,
-                "exposure": float(schedule.rates().sum()), "base": untouched, "end": losses_of(bench, arm.losses[-1]) if whole else None,
-            })  # fmt: skip
+    for name, schedule in shapes.items():
+        arm = run_schedule(bench, f"{name.replace(' ', '-')}-{factor}", schedule, set())
+        whole = not arm.diverged and len(arm.steps) and arm.steps[-1] == schedule.steps
+        rows.append({
+            **about, "factor": factor, "schedule": name, "peak": schedule.max_lr, "steps": schedule.steps,
+            "exposure": float(schedule.rates().sum()), "base": untouched, "end": losses_of(bench, arm.losses[-1]) if whole else None,
+        })  # fmt: skip
     return rows
 
 
@@ -493,6 +508,7 @@ PARTS = {
     "prior": Part(prior_jobs, prior_job),
     "replays": Part(replay_jobs, replay_job),
     "sizes": Part(size_jobs, size_job),
+    "planned": Part(planned_jobs, planned_job),
     "averages": Part(average_jobs, average_job),
 }
 

@@ -29,7 +29,7 @@ def write(folder: Path, record: dict[str, Any], build: Path) -> None:
         ),
     ]
     for part, tell in (
-        ("schedules", tell_schedules), ("averages", tell_averages), ("sizes", tell_sizes), ("ladder", tell_ladder), ("prior", tell_prior), ("replays", tell_replays),
+        ("schedules", tell_schedules), ("planned", tell_planned), ("averages", tell_averages), ("sizes", tell_sizes), ("ladder", tell_ladder), ("prior", tell_prior), ("replays", tell_replays),
     ):  # fmt: skip
         if record[part]:
             title, *rest = tell(folder, record, build)
@@ -82,6 +82,14 @@ def tell_schedules(folder: Path, record: dict[str, Any], build: Path) -> list[st
         ),
         _schedule_table(lines, ("top / ceiling", lambda line: f"{line['factor']:g}")),
         "![Each schedule against constant](schedules.png)",
+    ]
+
+
+def tell_planned(folder: Path, record: dict[str, Any], build: Path) -> list[str]:
+    return [
+        "## At the rate and the length of a recommended run",
+        "The same with a triangle's top at half the ceiling, as a range test recommends it.",
+        _schedule_table(paired(record["planned"]), ("top / ceiling", lambda line: f"{line['factor']:g}")),
     ]
 
 
