@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from sdclr.config.pictures import MOST_REPEATS
+from sdclr.config.pictures import number_before
 from sdclr.config.schema import RunConfig
 from sdclr.config.source import dump_value
 from sdclr.data.pairs import files_in
@@ -55,8 +55,8 @@ def init(images: Path | None, base: str, output: Path, stdout: bool = False) -> 
 def _repeats(images: Path) -> dict[str, int]:
     """What the numbers before the subfolders' names say (`10_cat`), as kohya's trainer reads them; of one number for all, nothing."""
     folders = {stem.partition("/")[0] if "/" in stem else "" for stem in files_in(images, [])[0]}
-    numbers = {name: int(found[1]) if (found := re.match(r"(\d{1,4})_", name)) else 1 for name in sorted(folders)}
-    return {name: n for name, n in numbers.items() if 1 < n <= MOST_REPEATS} if len(set(numbers.values())) > 1 else {}
+    numbers = {name: number_before(name) or 1 for name in sorted(folders)}
+    return {name: n for name, n in numbers.items() if n > 1} if len(set(numbers.values())) > 1 else {}
 
 
 def _resolution(base: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -14,6 +15,12 @@ ALPHA = Path("alpha")
 """In place of a folder of masks."""
 MOST_REPEATS = 1000
 Folder = Annotated[str, Field(min_length=1, max_length=1000)]
+
+
+def number_before(name: str) -> int | None:
+    """The number before a folder's name (`10_cat`), which other trainers read as its repeats; None of a name without one."""
+    found = re.match(r"(\d+)_", name)
+    return min(MOST_REPEATS, max(1, int(found[1][:9]))) if found else None
 
 
 class DataSection(Section):

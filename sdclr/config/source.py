@@ -262,6 +262,7 @@ def _apply(override: str, values: dict[str, Any], marks: dict[Path_, str], found
 def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tuple[RunConfig | None, list[str]]:
     """Validate; after a failure take the refused values out and judge the rest, so that one problem does not hide another."""
     found: list[str] = []
+    refused: set[str] = set()
     for round_ in range(8):
         try:
             return RunConfig.model_validate(values), found
@@ -274,12 +275,15 @@ def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tupl
             for detail in details:
                 if detail["type"] == "literal_error" and tuple(_paths(detail)) in others:
                     continue  # a number or a word is wanted: said at the number
-                found += _tell(detail, marks, source, words.get(tuple(_paths(detail)), []))
+                told = _tell(detail, marks, source, words.get(tuple(_paths(detail)), []))
+                # What is said of a key that was taken out would be said of its default.
+                found += [line for line in told if not refused & set(re.findall(r"\w+(?=:)", line))]
             if not details:
                 break
             for detail in details:
                 for path in _paths(detail):
                     _remove(values, path)
+                    refused.add(str(path[-1]) if path else "")
     return None, found
 
 

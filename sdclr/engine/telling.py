@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 
-from sdclr.config.pictures import MOST_REPEATS
+from sdclr.config.pictures import number_before
 from sdclr.config.schema import RunConfig
 from sdclr.data.batches import Inputs
 from sdclr.data.dataset import shape_for
@@ -97,11 +96,10 @@ def _repeats(config: RunConfig, inputs: Inputs) -> list[tuple[str, str]]:
         listed = ", ".join(f"{name} {times} times" for name, times in repeats.items())
         return [("repeats", f"{listed}: an epoch takes {inputs.batches.samples_per_epoch} samples of {len(train)} pictures")]  # fmt: skip
     folders = {pair.key.partition("/")[0] for pair in (*train, *inputs.split.validation) if "/" in pair.key}
-    numbered = sorted(name for name in folders if re.match(r"\d+_", name))
+    numbered = sorted(filter(number_before, folders))
     if not numbered:
         return []
-    number = min(MOST_REPEATS, max(1, int(numbered[0].partition("_")[0])))
-    example = f"{{{numbered[0]}: {number}}}"
+    example = f"{{{numbered[0]}: {number_before(numbered[0])}}}"
     return [("repeats", f"none: numbers in names of folders ({', '.join(numbered[:3])}) are not read; data.repeats: {example} is how to say it")]  # fmt: skip
 
 
