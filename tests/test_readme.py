@@ -317,6 +317,15 @@ def test_what_is_said_of_averages_is_what_the_study_found():
         assert line["pairs"] == 9 and f"({line['steps']} steps; those above have" in WORDS
 
 
+def test_what_is_said_of_the_default_is_what_the_study_found():
+    found = study_report.paired(json.loads((RESULTS / "study.json").read_text())["planned"])
+    told = {line["schedule"]: f"{-100 * line['difference']:.1f} % ± {100 * line['half']:.1f} %" for line in found if "half" in line}  # fmt: skip
+    one, two, four, line = (told[name] for name in ("1 cycle", "2 cycles", "4 cycles", "linear to zero"))
+    assert f"(better by {four}), two are better by {two}, one by {one}, and a line to zero by {line}" in WORDS
+    assert {line["pairs"] for line in found} == {9} and f"κ 1, {found[0]['steps']} steps; nine pairs" in WORDS
+    assert RunConfig.model_fields["schedule"].default.cycles == 4
+
+
 def test_what_is_said_of_prior_pictures_is_what_the_study_found():
     record = json.loads((RESULTS / "study.json").read_text())
     one, three = study_report.against_none(record["prior"])
