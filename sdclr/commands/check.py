@@ -26,7 +26,7 @@ def check(config_path: Path, overrides: Sequence[str] = (), need_plan: bool = Fa
     set_by_hand = loaded.config.range_test.fraction != "auto" or loaded.config.range_test.folds > 1
     if missing or set_by_hand:  # a range test will be run: its split must be possible
         read_inputs(loaded, measuring=True)
-    settle_memory(loaded.config, inputs)
+    settle_memory(loaded.config, inputs, elsewhere=True)
     if not need_plan:
         _check_pictures_and_model(loaded, inputs)
     console.table(describe(loaded.config, inputs, plan), title=f"plan of {loaded.config.run.name}")

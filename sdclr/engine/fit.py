@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SHARE = 0.9
 """Of the free memory that what is chosen here fills: kernels take some for themselves, and other programs live here too."""
 GIB = 2**30
+FOR_A_GPU = GIB
+"""Bytes of weights that are not trained on a CPU for long."""
 IN_RAM = "in RAM"
 
 
@@ -47,11 +49,14 @@ def with_size(config: RunConfig, size: int) -> RunConfig:
     return config.model_copy(update={"batch": config.batch.model_copy(update={"size": size})})
 
 
-def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False) -> RunConfig:
+def settle_memory(config: RunConfig, inputs: Inputs, keeps_base: bool = False, elsewhere: bool = False) -> RunConfig:
     """Say in one line what the run will need, and whether it fits; a warning when it does not. With `gradient_checkpointing: auto` it is
-    turned on in the config returned, if the run might not fit without in one of the processes."""
+    turned on in the config returned, if the run might not fit without in one of the processes. With `elsewhere` it is also said what a
+    GPU would need, where there is none and the model is one for it."""
     together = processes.Processes(inputs.batches.rank, inputs.batches.processes)
     foretold = _foretell(config, inputs, keeps_base)
+    if elsewhere and foretold.where == IN_RAM and foretold.needs.parts["weights"] > FOR_A_GPU:
+        console.say(_on_a_gpu(config, inputs))
     might_not_fit = config.model.gradient_checkpointing == "auto" and foretold.need > SHARE * foretold.free
     by_need = bool(together.agree(int(might_not_fit)))
     if by_need:
@@ -119,6 +124,24 @@ def _foretell(config: RunConfig, inputs: Inputs, keeps_base: bool, every_size: b
         if where == IN_RAM:  # which all processes of a machine take from
             free, where = free // processes.on_this_machine(), f"{IN_RAM} for each process"
     return _Foretold(needs, free, where, size, count, in_shares)
+
+
+def _on_a_gpu(config: RunConfig, inputs: Inputs) -> str:
+    """What the run would take of an NVIDIA GPU of the kind that computes in bf16, which is counted here without one."""
+    import torch
+
+    from sdclr.engine import memory
+
+    split, size = inputs.split, inputs.batches.size
+
+    def needed(config: RunConfig) -> str:
+        images = len(split.train) + len(inputs.prior)
+        return _shown(memory.count(config, images, len(split.validation), torch.device("cuda"), only=size).at(size))
+
+    text = f"memory: on an NVIDIA GPU {needed(config)}"
+    if config.model.gradient_checkpointing is not True:
+        text += f", or {needed(_checkpointed(config))} with model.gradient_checkpointing: true"
+    return text
 
 
 def out_of_memory(problem: BaseException) -> SdclrError | None:

@@ -264,16 +264,18 @@ def set_attention(unet: UNet2DConditionModel, attention: str, device: torch.devi
 
 
 def mixed_precision(precision: str, device: torch.device) -> str:
-    """accelerate's word for the forward pass's precision. Raises InputError where the device cannot compute in it."""
+    """accelerate's word for the forward pass's precision, of a GPU that is not here as of one that knows bf16. Raises InputError where the
+    device cannot compute in it."""
     on_gpu = device.type == "cuda"
+    in_bf16 = not torch.cuda.is_available() or torch.cuda.is_bf16_supported()
     if precision == "auto":
-        return "no" if not on_gpu else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "no" if not on_gpu else "bf16" if in_bf16 else "fp16"
     if precision == "fp16" and not on_gpu:
         raise InputError(
             f"model.precision: fp16 needs a GPU, and this run computes on {device.type}",
             hint="set model.precision: auto",
         )
-    if precision in ("bf16", "full_bf16") and on_gpu and not torch.cuda.is_bf16_supported():
+    if precision in ("bf16", "full_bf16") and on_gpu and not in_bf16:
         raise InputError(f"model.precision: {precision} is not supported by this GPU", hint="set model.precision: auto")
     return {"fp32": "no", "full_bf16": "bf16"}.get(precision, precision)
 

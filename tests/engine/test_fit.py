@@ -85,6 +85,25 @@ def test_check_says_what_is_needed_and_warns_when_it_does_not_fit(config, monkey
         assert tried in said
 
 
+def test_check_says_what_a_gpu_would_need_of_a_model_that_is_for_one(config, monkeypatch, capsys):
+    path, cuda = config(), torch.device("cuda")
+    check(path)
+    assert "NVIDIA" not in capsys.readouterr().err
+    monkeypatch.setattr(fit, "FOR_A_GPU", 0)
+    plain, less = (
+        source.load(path, [f"model.gradient_checkpointing={setting}"]).config for setting in ("auto", "true")
+    )
+    size = plain.batch.size
+    there, checkpointed = (fit._shown(memory.count(each, 8, 2, cuda, only=size).at(size)) for each in (plain, less))
+    check(path)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"memory: on an NVIDIA GPU {there}, or {checkpointed} with model.gradient_checkpointing: true" in said
+    check(path, ["model.gradient_checkpointing=true"])
+    assert f"on an NVIDIA GPU {checkpointed} " in " ".join(capsys.readouterr().err.split()) + " "
+    train(path)
+    assert "NVIDIA" not in capsys.readouterr().err
+
+
 def test_checkpointing_is_turned_on_where_a_run_would_not_fit_without_and_leaves_the_same_bits(
     config, monkeypatch, capsys
 ):

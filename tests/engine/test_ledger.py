@@ -57,10 +57,9 @@ CASES = json.loads((ROOT / "tests" / "benchmarks" / "results" / "memory-cuda.jso
 
 
 @pytest.mark.parametrize("number", [0, 4, 5])
-def test_of_a_card_is_counted_here_what_the_bench_counted_there(tmp_path, monkeypatch, number):
+def test_of_a_card_is_counted_here_what_the_bench_counted_there(tmp_path, number):
     """There by the autocast of CUDA, on fake tensors."""
     case = CASES[number]
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     configs_alone(SHAPES["sd15"], tmp_path / "sd15")
     (tmp_path / "weights.safetensors").touch()
     asked = argparse.Namespace(model=tmp_path / "weights.safetensors", images=ROOT / "data" / "mochi", device="cuda", work=tmp_path, draws=2,
