@@ -38,7 +38,7 @@ check: install  ## lint, format, types
 	$(BIN)/mypy
 
 test: check  ## everything that fits in minutes on two CPU cores
-	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m "not fullsize and not gpu and not faults"
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not fullsize and not gpu and not faults"
 
 test-fullsize: install  ## one training step of the true SD 1.5 shape, on the CPU
 	$(BIN)/pytest -m fullsize -s

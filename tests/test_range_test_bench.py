@@ -110,8 +110,8 @@ def test_each_variant_changes_one_setting_of_the_unchanged_test_and_that_is_take
 
 
 def test_one_small_pass_through_everything(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nulls, "MOST", 32)
-    monkeypatch.setattr(nulls, "FEW", 6)
+    monkeypatch.setattr(nulls, "MOST", 8)
+    monkeypatch.setattr(nulls, "FEW", 4)
     monkeypatch.setattr(cases, "HELD_OUT", 4)
     few = ("nothing", "two fifths held out")  # of all seven a test of minutes
     monkeypatch.setattr(variants, "VARIANTS", {name: variants.VARIANTS[name] for name in few})
