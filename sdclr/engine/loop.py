@@ -81,9 +81,15 @@ def optimizer_steps(
             with _gradients_synced(accelerator, modules, number == len(micro_batches)):
                 total += add_gradients(micro_batch, len(micro_batches))
         micro_batches = batches(state.step + 1) if state.step + 1 < until else ()
-        loss_value = float(accelerator.reduce(total, reduction="mean"))
-        grad_norm = _grad_norm(state, max_grad_norm, accelerator)
+        norm = _grad_norm(state, accelerator)
+        # Read together: a GPU is waited for once, and while it is at work the norm's kernels are started.
+        loss_value, grad_norm = torch.stack(
+            [accelerator.reduce(total, reduction="mean"), sharding.whole(norm)]
+        ).tolist()
         _refuse_non_finite(state, lr, loss_value, grad_norm, accelerator)
+        # torch's clip_grad_norm_ goes through all gradients once more to multiply them by 1 where they are short enough.
+        if max_grad_norm is not None and grad_norm > max_grad_norm - 1e-5:
+            torch.nn.utils.clip_grads_with_norm_(state.parameters, max_grad_norm, norm)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -123,21 +129,15 @@ def _gradients_synced(accelerator: Accelerator, modules: Sequence[torch.nn.Modul
         yield
 
 
-def _grad_norm(state: TrainState, max_norm: float | None, accelerator: Accelerator) -> float:
-    """Of the whole gradient, before it is clipped here."""
+def _grad_norm(state: TrainState, accelerator: Accelerator) -> torch.Tensor:
+    """Of the whole gradient."""
     if state.in_backward:
-        return state.in_backward.grad_norm()
+        return state.in_backward.grad_norm(accelerator.device)
     accelerator.unscale_gradients()
     grads = [p.grad for p in state.parameters if p.grad is not None]
     if isinstance(state.optimizer, Rounded):  # torch would sum up those in bf16 in bf16
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
-    else:
-        norm = torch.nn.utils.get_total_norm(grads)
-    value = float(sharding.whole(norm))
-    # torch's clip_grad_norm_ goes through all gradients once more to multiply them by 1 where they are short enough.
-    if max_norm is not None and value > max_norm - 1e-5:
-        torch.nn.utils.clip_grads_with_norm_(state.parameters, max_norm, norm)
-    return value
+        return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    return torch.nn.utils.get_total_norm(grads)
 
 
 def _refuse_non_finite(state: TrainState, lr: float, loss: float, grad_norm: float, accelerator: Accelerator) -> None:

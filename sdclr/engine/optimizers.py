@@ -70,10 +70,10 @@ class InBackward:
             for parameter in group["params"]
         ]
 
-    def grad_norm(self) -> float:
+    def grad_norm(self, device: torch.device) -> torch.Tensor:
         """Of the whole gradient, since it was last asked for."""
         squares, self._squares = self._squares, []
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device=device)
 
     def end(self) -> None:
         """Updates nothing any more."""
