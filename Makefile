@@ -10,7 +10,8 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml .constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --constraint .constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --constraint .constraints.txt --editable '.[dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true # on all cores; pip does it on one
 	touch $@
 
 demo: install  ## range-test, train and sample on the embedded model and images
