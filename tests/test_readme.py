@@ -241,10 +241,14 @@ def gpu_row(label: str, name: str, batch: str) -> str:
     return f"| {label}, {batch} | {rates} | {three.format(*slower)} | {faster} | {100 * share:.0f} % | {gib} |"
 
 
+def on_cards() -> list[dict[str, Any]]:
+    """Every case whose memory was measured on a GPU."""
+    files = (RESULTS / f"memory-cuda{name}.json" for name in ("", "-xl"))
+    return [case for file in files for case in json.loads(file.read_text())["cases"]]
+
+
 def test_what_is_said_of_a_cards_memory_is_the_last_run_of_the_bench():
-    cases = [
-        case for name in ("", "-xl") for case in json.loads((RESULTS / f"memory-cuda{name}.json").read_text())["cases"]
-    ]
+    cases = on_cards()
     off = [100 * (case["foretold"] / case["used"] - 1) for case in cases]
     within = sum(abs(each) <= 10 for each in off)
     said = f"in {len(off)} cases, of which {within} were foretold within 10 % ({min(each for each in off if each >= -10):+.1f} to {max(off):+.1f} %)"
@@ -270,10 +274,7 @@ def test_the_table_of_the_smallest_runs_is_the_last_run_of_the_bench(row, model,
     every = {"optimizer.fused_backward=true", "model.precision=full_bf16"}
     (case,) = [c for c in cases if c["model"] == model and every & {*c["overrides"]} == {*settings}]
     counted, used = ((size + case["imported"]) / 2**30 for size in (case["foretold"], case["used"]))
-    on_cards = [
-        c for name in ("", "-xl") for c in json.loads((RESULTS / f"memory-cuda{name}.json").read_text())["cases"]
-    ]
-    *_, same = [c for c in on_cards if c["model"] == model and c["batch"] == 1 and {*c["overrides"]} >= set(foretold.SMALLER_STILL) and every & {*c["overrides"]} == {*settings}]  # fmt: skip
+    *_, same = [c for c in on_cards() if c["model"] == model and c["batch"] == 1 and {*c["overrides"]} >= set(foretold.SMALLER_STILL) and every & {*c["overrides"]} == {*settings}]  # fmt: skip
     card = f"{same['foretold'] / 2**30:.1f} | {same['used'] / 2**30:.1f}"
     assert f"| {row} | {card} | {counted:.1f} | {used:.1f} |" in README
 

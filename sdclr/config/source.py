@@ -277,13 +277,13 @@ def _judge(values: dict[str, Any], marks: dict[Path_, str], source: str) -> tupl
                     continue  # a number or a word is wanted: said at the number
                 told = _tell(detail, marks, source, words.get(tuple(_paths(detail)), []))
                 # What is said of a key that was taken out would be said of its default.
-                found += [line for line in told if not refused & set(re.findall(r"\w+(?=:)", line))]
+                found += [line for line in told if not refused & set(re.findall(r"\w+(?=: )", line))]
             if not details:
                 break
             for detail in details:
                 for path in _paths(detail):
                     _remove(values, path)
-                    refused.add(str(path[-1]) if path else "")
+                    refused.update(part for part in path[-1:] if isinstance(part, str))
     return None, found
 
 

@@ -116,14 +116,19 @@ def _foretell(config: RunConfig, inputs: Inputs, keeps_base: bool, every_size: b
     """Counted for the run's own batch size alone, which is faster, or for every one."""
     from sdclr.engine import sharding
 
-    count, in_shares, split = inputs.batches.processes, sharding.asked(), inputs.split
+    count, in_shares = inputs.batches.processes, sharding.asked()
     size = inputs.batches.size // count
-    needs, free, where = _needs(config, len(split.train) + len(inputs.prior), len(split.validation), keeps_base, None if every_size else size)  # fmt: skip
+    needs, free, where = _needs(config, *_pictures(inputs), keeps_base, None if every_size else size)
     if count > 1:
         needs = needs.shared(count) if in_shares else needs.side_by_side()
         if where == IN_RAM:  # which all processes of a machine take from
             free, where = free // processes.on_this_machine(), f"{IN_RAM} for each process"
     return _Foretold(needs, free, where, size, count, in_shares)
+
+
+def _pictures(inputs: Inputs) -> tuple[int, int]:
+    """How many are trained on, prior ones among them, and how many are held out."""
+    return len(inputs.split.train) + len(inputs.prior), len(inputs.split.validation)
 
 
 def _on_a_gpu(config: RunConfig, inputs: Inputs) -> str:
@@ -132,11 +137,10 @@ def _on_a_gpu(config: RunConfig, inputs: Inputs) -> str:
 
     from sdclr.engine import memory
 
-    split, size = inputs.split, inputs.batches.size
+    size = inputs.batches.size
 
     def needed(config: RunConfig) -> str:
-        images = len(split.train) + len(inputs.prior)
-        return _shown(memory.count(config, images, len(split.validation), torch.device("cuda"), only=size).at(size))
+        return _shown(memory.count(config, *_pictures(inputs), torch.device("cuda"), only=size).at(size))
 
     text = f"memory: on an NVIDIA GPU {needed(config)}"
     if config.model.gradient_checkpointing is not True:

@@ -55,7 +55,7 @@ from sdclr.data.cache import key_of  # noqa: E402
 from sdclr.data.pairs import Split  # noqa: E402
 from sdclr.engine.fingerprint import find_range_test  # noqa: E402
 from sdclr.engine.folder import read_json, write_json  # noqa: E402
-from sdclr.engine.plan import make_plan, read_inputs  # noqa: E402
+from sdclr.engine.plan import make_plan, peak_below, read_inputs  # noqa: E402
 from sdclr.errors import DivergenceError, InputError  # noqa: E402
 from sdclr.lr.measured import at_steps  # noqa: E402
 from sdclr.lr.schedule import Group, Schedule  # noqa: E402
@@ -64,8 +64,6 @@ from sdclr.report import console  # noqa: E402
 REPLAYS = ROOT / "configs" / "cycling"
 GROUPS = (Group(3, 1.0), Group(2, 0.5), Group(1.5, 0.25))
 LOOK_EVERY = 20
-RECOMMENDED_PEAK = 0.5
-"""Of a triangle, as a share of the ceiling: about where the range test recommends it."""
 CYCLE_KAPPA = 0.5
 """Exposure of one cycle of the ladder, in units of the best one: its troughs are at κ = 0.5, 1, 1.5, ..."""
 
@@ -312,9 +310,9 @@ def planned_job(study: Study, seed: int, fold: int) -> list[dict[str, Any]]:
     """The schedules among which a run's default is to be chosen, at the length and the rate of a recommended run."""
     loaded = source.load(DEMO, study.settings(seed))
     bench = make_bench(study, loaded, read_inputs(loaded, fold=fold), f"schedules-{seed}-{fold}")
-    shapes = schedules(study.best_exposure, RECOMMENDED_PEAK * study.ceiling / 2, (1, 2, 4))
+    shapes = schedules(study.best_exposure, peak_below(study.ceiling) / 2, (1, 2, 4))
     plain = {name: shape for name, shape in shapes.items() if not shape.groups}
-    return _compare(bench, RECOMMENDED_PEAK, plain, {"seed": seed, "fold": fold})
+    return _compare(bench, peak_below(1.0), plain, {"seed": seed, "fold": fold})
 
 
 def _compare(bench: Any, factor: float, shapes: dict[str, Schedule], about: dict[str, Any]) -> list[dict[str, Any]]:

@@ -46,9 +46,8 @@ def test_on_the_cpu_every_moment_is_that_of_torchs_autocast_on_fake_tensors(
         mine, other = getattr(ours, name), getattr(torchs, name)
         assert len(mine.fixed) == len(other.fixed)
         worst = np.abs(1 - (mine.fixed + 2 * mine.each) / (other.fixed + 2 * other.each)).max()
-        assert (
-            worst < 0.04
-        )  # on the CPU's fake tensors a layer norm's statistics are in bf16; a row here has 16 numbers
+        # On the CPU's fake tensors a layer norm's statistics are in bf16, and a row here has 16 numbers.
+        assert worst < 0.04
     assert ours.parts == torchs.parts
     assert (ours.encoding, ours.drawing) == pytest.approx((torchs.encoding, torchs.drawing), rel=0.01)
 
